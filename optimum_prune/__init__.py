@@ -1,0 +1,43 @@
+"""Structured pruning of large language models, as an extension of Hugging Face Optimum."""
+
+from optimum_prune.anatomy import Family, FeedForward, Shape
+from optimum_prune.calibration import Calibration, Source, Text
+from optimum_prune.compress import compress
+from optimum_prune.cuts import Cuts, Decision
+from optimum_prune.errors import OptimumPruneError
+from optimum_prune.hookspecs import hookimpl
+from optimum_prune.methods.depth import Depth
+from optimum_prune.methods.osscar import Osscar
+from optimum_prune.options import option
+from optimum_prune.passes import FolderPass, Outcome, Pass, PrunePass, Stage
+from optimum_prune.progress import Progress
+from optimum_prune.pruner import Pruner
+from optimum_prune.recipe import Recipe, Settings
+from optimum_prune.report import Report
+
+__all__ = [
+    "Calibration",
+    "Cuts",
+    "Decision",
+    "Depth",
+    "Family",
+    "FeedForward",
+    "FolderPass",
+    "OptimumPruneError",
+    "Osscar",
+    "Outcome",
+    "Pass",
+    "Progress",
+    "PrunePass",
+    "Pruner",
+    "Recipe",
+    "Report",
+    "Settings",
+    "Shape",
+    "Source",
+    "Stage",
+    "Text",
+    "compress",
+    "hookimpl",
+    "option",
+]

@@ -1,0 +1,151 @@
+"""Where things live in an architecture. A family is data; what is done with it is done elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, cast
+
+from torch import nn
+
+from optimum_prune.errors import FamilyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes that pruning changes."""
+
+    layers: int
+    """Decoder layers."""
+    width: int
+    """FFN channels of a layer."""
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The FFN of a decoder layer. Paths start at the layer."""
+
+    inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    """Linear modules whose output features are the channels."""
+    output: str = "mlp.down_proj"
+    """The linear module whose input features are the channels."""
+    width: str = "intermediate_size"
+    """The config field that counts the channels."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """
+    An architecture: dotted paths into the model, and the config fields that describe them.
+
+    The defaults are Llama's. To support another architecture, yield one of these from a plugin's `families` hook.
+    """
+
+    name: str
+    model_types: tuple[str, ...]
+    """Values of `config.model_type` that this family describes."""
+    config: str = ""
+    """Path from the model's config to the config of its text decoder."""
+    layers: str = "model.layers"
+    """Path of the list of decoder layers."""
+    depth: str = "num_hidden_layers"
+    """The config field that counts the decoder layers."""
+    per_layer: tuple[str, ...] = ()
+    """Config fields that are lists with one entry for each decoder layer."""
+    thresholds: tuple[str, ...] = ()
+    """Config fields t that set the layers with index < t apart from the others."""
+    feed_forward: FeedForward = FeedForward()
+
+    def text_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The part of the config that describes the decoder layers."""
+        return reduce(getattr, self.config.split("."), config) if self.config else config
+
+    def shape(self, config: PreTrainedConfig) -> Shape:
+        """The shape that a config describes."""
+        text = self.text_config(config)
+        return Shape(getattr(text, self.depth), getattr(text, self.feed_forward.width))
+
+    def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
+        """
+        The decoder layers of a model.
+
+        Raises:
+            FamilyError: there is no such list in this model.
+        """
+        return cast(nn.ModuleList, self._find(model, self.layers, nn.ModuleList))
+
+    def linear(self, layer: nn.Module, path: str) -> nn.Linear:
+        """
+        The linear module at a path of a decoder layer.
+
+        Raises:
+            FamilyError: it is not there, or is not linear.
+        """
+        return cast(nn.Linear, self._find(layer, path, nn.Linear))
+
+    def width_of(self, layer: nn.Module) -> int:
+        """How many FFN channels a decoder layer has now."""
+        return self.linear(layer, self.feed_forward.output).in_features
+
+    def _find(self, root: nn.Module, path: str, kind: type[nn.Module]) -> nn.Module:
+        try:
+            found = root.get_submodule(path)
+        except AttributeError:
+            found = None
+        if not isinstance(found, kind):
+            raise FamilyError(
+                f"Family '{self.name}' expects a {kind.__name__} at '{path}' of {type(root).__name__} and finds "
+                f"{type(found).__name__}. Add a family with the right paths in a plugin, under its own model_type."
+            )
+        return found
+
+
+def find_family(config: PreTrainedConfig, families: Iterable[Family]) -> Family:
+    """
+    The family of a config's `model_type`.
+
+    Raises:
+        FamilyError: no family knows it; the message holds the plugin that would add it.
+    """
+    known = {model_type: family for family in families for model_type in family.model_types}
+    model_type = config.model_type
+    if model_type in known:
+        return known[model_type]
+    raise FamilyError(
+        f"No family describes the architecture '{model_type}'. Known: {', '.join(sorted(known))}. "
+        f"To add it, install a plugin with this module:\n{_plugin_for(model_type)}"
+    )
+
+
+def _plugin_for(model_type: str) -> str:
+    """The few lines of a plugin that describes an architecture."""
+    module = model_type.replace("-", "_").replace(".", "_") + "_family"
+    return f'''
+    # {module}.py
+    from optimum_prune import Family, FeedForward, hookimpl
+
+    @hookimpl
+    def families():
+        yield Family(
+            name="{model_type}",
+            model_types=("{model_type}",),
+            layers="model.layers",
+            feed_forward=FeedForward(inputs=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj"),
+        )
+
+    # pyproject.toml
+    [project.entry-points.optimum_prune]
+    {module} = "{module}"
+'''
+
+
+def parameters(model: nn.Module) -> dict[str, int]:
+    """Parameters of a model: of all of it, and without the embeddings and the output head. Tied ones count once."""
+    total = sum(parameter.numel() for parameter in model.parameters())
+    tables = [getattr(model, name)() for name in ("get_input_embeddings", "get_output_embeddings")]
+    embedding = {id(table.weight): table.weight.numel() for table in tables if table is not None}
+    return {"total": total, "non_embedding": total - sum(embedding.values())}

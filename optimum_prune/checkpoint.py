@@ -1,0 +1,343 @@
+"""Checkpoints: open, load, save, and verify what was saved."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from optimum_prune.errors import CheckpointError, FamilyError, OutputError, VerificationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from jaxtyping import Float, Int
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from optimum_prune.progress import Progress
+
+PROBE_WINDOWS, PROBE_TOKENS, PROBE_DECODED = 2, 32, 8
+ROUNDING = 64
+"""A reloaded model may differ by this many units in the last place of its largest logit; on most machines it does by none."""
+CACHE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.15}
+"""How far logits computed with a cache may be from those without, relative to their spread."""
+
+
+# Opening: all that can be known without reading a weight
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk or on the Hub, opened but not loaded."""
+
+    name: str
+    """As the user named it."""
+    source: str
+    """Folder or Hub id."""
+    gguf_file: str | None
+    trust_remote_code: bool
+    config: PreTrainedConfig
+
+    def arguments(self) -> dict[str, Any]:
+        """What every `from_pretrained` needs to find it."""
+        return {"gguf_file": self.gguf_file} if self.gguf_file else {"trust_remote_code": self.trust_remote_code}
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """
+        Its tokenizer.
+
+        Raises:
+            CheckpointError: there is none that can be read.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.source, **self.arguments())
+        except Exception as error:  # transformers raises many kinds
+            raise CheckpointError(f"The tokenizer of {self.name} cannot be read: {_reason(error)}") from error
+
+
+def open_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
+    """
+    Opens a folder, a Hub id or a `.gguf` file, and reads its config.
+
+    Raises:
+        CheckpointError: it is not there, is no model, or is already quantized.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    source, gguf_file = _locate(model)
+    where: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"trust_remote_code": trust_remote_code}
+    try:
+        plain, _ = PreTrainedConfig.get_config_dict(source, **where)
+        if not gguf_file:
+            _refuse_quantized(plain, model)
+        config = AutoConfig.from_pretrained(source, **where)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        if isinstance(error, ValueError) and "does not recognize this architecture" in str(error):
+            raise FamilyError(
+                f"The installed transformers does not know the architecture '{plain.get('model_type')}' of {model}. Upgrade transformers, "
+                f"or allow the checkpoint's own code with --trust-remote-code if it brings some."
+            ) from error
+        raise CheckpointError(f"{model} cannot be opened as a model: {_reason(error)}") from error
+    return Checkpoint(model, source, gguf_file, trust_remote_code, config)
+
+
+def _locate(model: str) -> tuple[str, str | None]:
+    """Folder or Hub id, and the name of the `.gguf` file in the folder."""
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise CheckpointError(f"The model file {model} does not exist. Name a .gguf file, a folder or a Hub id.")
+        return str(path.parent), path.name
+    if path.is_file():
+        raise CheckpointError(f"The model {model} is a file, but no .gguf file. Name the folder that holds it, or a .gguf file.")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"The folder {model} is no model: it has no config.json. Name a folder with a checkpoint.")
+        return str(path), None
+    if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip("/ "):
+        raise CheckpointError(f"The model folder {model} does not exist. Name a folder, a Hub id or a .gguf file.")
+    return model, None
+
+
+def _refuse_quantized(config: Mapping[str, Any], model: str) -> None:
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, Mapping) else quantization
+        raise CheckpointError(
+            f"{model} is already quantized ({method}): its weights are packed and cannot be cut exactly. Prune the unquantized "
+            f"checkpoint, and quantize as a later pass of the recipe."
+        )
+
+
+# Loading
+
+
+def load(checkpoint: Checkpoint, dtype: str, device: str, progress: Progress) -> PreTrainedModel:
+    """
+    The model of a checkpoint, in evaluation mode.
+
+    Args:
+        dtype: name of a torch dtype, or "auto" for the checkpoint's own.
+
+    Raises:
+        CheckpointError: weights that cannot be read, or are missing.
+    """
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    _check_weight_files(checkpoint)
+    arguments = checkpoint.arguments()
+    if checkpoint.gguf_file:
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        with progress.libraries():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                checkpoint.source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True, **arguments
+            )
+    except Exception as error:
+        raise CheckpointError(f"The weights of {checkpoint.name} cannot be read: {_reason(error)}") from error
+    problems = _key_problems({**info, "unexpected_keys": ()})  # weights that the model has no use for do no harm here
+    if problems:
+        raise CheckpointError(
+            f"The checkpoint {checkpoint.name} is incomplete: {problems}. Those weights would be random; fetch it again."
+        )
+    return model.to(device).eval()
+
+
+def _check_weight_files(checkpoint: Checkpoint) -> None:
+    """Opens each safetensors file of a local checkpoint, so that the broken one is named."""
+    if checkpoint.gguf_file or not Path(checkpoint.source).is_dir():
+        return
+    for file in sorted(Path(checkpoint.source).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"The weights file {file} is damaged: {_reason(error)} Fetch it again.") from error
+
+
+def _key_problems(info: Mapping[str, Any]) -> str:
+    """Weights that a load found missing, unexpected or of another shape, in one phrase; empty if there are none."""
+    kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "of another shape": "mismatched_keys"}
+    found = [
+        f"{len(info[key])} weights {kind}, such as {sorted(map(str, info[key]))[0]}" for kind, key in kinds.items() if info[key]
+    ]
+    return "; ".join(found)
+
+
+def item_size(config: PreTrainedConfig, dtype: str) -> int:
+    """Bytes of a weight in a dtype by name, or in the checkpoint's own for "auto"."""
+    chosen = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    return (chosen or torch.float32).itemsize
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """What the weights of a model take on disk, in bytes; tied ones count once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """What the weight files of a checkpoint take, in bytes."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".gguf"))
+
+
+# Saving
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, progress: Progress) -> None:
+    """
+    Writes a checkpoint that stock transformers 5 reads, and 4.57 too.
+
+    Raises:
+        OutputError: it cannot be written, such as on a full disk.
+    """
+    try:
+        with progress.libraries():
+            model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        _edit_json(folder / "config.json", _with_older_rope)
+        if (folder / "tokenizer_config.json").is_file():
+            _edit_json(folder / "tokenizer_config.json", _with_older_tokenizer_class)
+    except (SafetensorError, OSError) as error:
+        raise OutputError(
+            f"The checkpoint cannot be written: {_reason(error)} Make room, or name an --output elsewhere."
+        ) from error
+
+
+def _edit_json(file: Path, edit: Any) -> None:
+    plain = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(edit(plain), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Adds the rotary fields of transformers 4, which ignores `rope_parameters` and would take a default frequency instead."""
+    for text in (config, config.get("text_config")):
+        rope = (text or {}).get("rope_parameters")
+        if not rope:
+            continue
+        plain = rope.get("full_attention", rope)
+        text["rope_theta"] = plain.get("rope_theta")
+        if plain.get("rope_type", "default") != "default":
+            text["rope_scaling"] = {name: value for name, value in plain.items() if name != "rope_theta"}
+        if "sliding_attention" in rope:
+            text["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+    return config
+
+
+def _with_older_tokenizer_class(config: dict[str, Any]) -> dict[str, Any]:
+    if config.get("tokenizer_class") == "TokenizersBackend":  # transformers 5's name for what 4 knows as
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return config
+
+
+# Verifying
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model computes on a few tokens; what is reloaded must compute the same."""
+
+    tokens: Int[Tensor, "windows length"]
+    plain: Float[Tensor, "windows decoded vocabulary"]
+    """Logits at the last positions, without a cache."""
+    cached: Float[Tensor, "windows decoded vocabulary"]
+    """The same, decoded token by token with a cache."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far a reloaded model is from the one that was saved."""
+
+    max_logit_difference: float
+    max_logit_difference_with_cache: float
+    cached_against_uncached: float
+    """Distance of logits with a cache from those without, relative to the spread of the latter."""
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, tokens: Int[Tensor, "windows length"]) -> Probe:
+    """What a model computes on the beginning of a few windows, with and without a cache."""
+    device = model.get_input_embeddings().weight.device
+    few = tokens[:PROBE_WINDOWS, :PROBE_TOKENS].to(device)
+    decoded = min(PROBE_DECODED, few.shape[1] - 1)
+    plain = model(input_ids=few, use_cache=False).logits[:, -decoded:]
+    return Probe(few.cpu(), plain.float().cpu(), torch.cat(list(_decode(model, few, decoded)), dim=1).float().cpu())
+
+
+def _decode(model: PreTrainedModel, tokens: Tensor, decoded: int) -> Iterator[Tensor]:
+    start = tokens.shape[1] - decoded
+    cache = model(input_ids=tokens[:, :start], use_cache=True).past_key_values
+    for position in range(start, tokens.shape[1]):
+        output = model(input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        yield output.logits
+
+
+def verify(
+    folder: Path, expected: Probe, dtype: torch.dtype, device: str, trust_remote_code: bool, progress: Progress
+) -> tuple[PreTrainedModel, Verification]:
+    """
+    Reloads a saved checkpoint with stock transformers and compares its logits with those of the model that was saved.
+
+    Returns:
+        The reloaded model, and how far it is from the saved one.
+
+    Raises:
+        VerificationError: keys that are missing, unexpected or of another shape, or logits that differ.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with progress.libraries():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:
+        raise VerificationError(f"The saved checkpoint cannot be loaded again: {_reason(error)}") from error
+    problems = _key_problems(info)
+    if problems:
+        raise VerificationError(f"The saved checkpoint does not fit its config: {problems}.")
+    model = model.to(device).eval()
+    found = probe(model, expected.tokens)
+    verification = Verification(
+        max_logit_difference=_difference(found.plain, expected.plain),
+        max_logit_difference_with_cache=_difference(found.cached, expected.cached),
+        cached_against_uncached=((found.cached - found.plain).std() / found.plain.std()).item(),
+    )
+    _judge(verification, expected, dtype)
+    return model, verification
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return (found - expected).abs().max().item()
+
+
+def _judge(verification: Verification, expected: Probe, dtype: torch.dtype) -> None:
+    allowed = ROUNDING * torch.finfo(dtype).eps * expected.plain.abs().max().item()
+    worst = max(verification.max_logit_difference, verification.max_logit_difference_with_cache)
+    if not worst <= allowed:
+        raise VerificationError(
+            f"The reloaded model's logits differ from the saved model's by up to {worst:.3g}; {allowed:.3g} would be rounding. This "
+            f"architecture does not survive saving in this form; please report it."
+        )
+    if not verification.cached_against_uncached <= CACHE_TOLERANCE.get(dtype, CACHE_TOLERANCE[torch.bfloat16]):
+        raise VerificationError(
+            f"With a cache, the reloaded model's logits differ from those without by {verification.cached_against_uncached:.3g} of their "
+            f"spread, so generation would go wrong. Please report it with the recipe and the architecture."
+        )
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error's text, as a sentence."""
+    line = (str(error).strip() or type(error).__name__).split("\n")[0].strip()
+    return line if line.endswith((".", "?", "!")) else line + "."

@@ -1,0 +1,116 @@
+"""What each command does."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from optimum_prune import checkpoint
+from optimum_prune.anatomy import find_family, parameters
+from optimum_prune.calibration import Text, evaluation_windows
+from optimum_prune.cli.flags import CALIBRATION, SETTINGS, given, overridden
+from optimum_prune.compress import compress, device_of, foresee, length_limit, meta_model, open_subject
+from optimum_prune.errors import RecipeError
+from optimum_prune.evaluation import perplexity
+from optimum_prune.options import build, options_of
+from optimum_prune.plugins import Plugins
+from optimum_prune.progress import Progress
+from optimum_prune.recipe import Recipe, Settings
+from optimum_prune.report import aligned, describe
+from optimum_prune.surgery import reshaped
+
+
+def prune(arguments: argparse.Namespace, plugins: Plugins) -> None:
+    """`prune METHOD`: a recipe of one pass."""
+    step = arguments.pass_class
+    options = given(arguments, {name: name for name in options_of(step)})
+    _compress(Recipe(passes=(build(step, options, f"pass '{step.name}'"),)), arguments)
+
+
+def run(arguments: argparse.Namespace, plugins: Plugins) -> None:
+    """`compress run`."""
+    _compress(Recipe.from_yaml(arguments.recipe, plugins), arguments)
+
+
+def _compress(recipe: Recipe, arguments: argparse.Namespace) -> None:
+    progress = Progress.for_terminal(arguments.quiet)
+    report = compress(overridden(recipe, arguments), arguments.output, overwrite=arguments.overwrite, progress=progress)
+    if not arguments.quiet:
+        print(report.table())
+        print(f"Saved to {arguments.output}")
+
+
+def plan(arguments: argparse.Namespace, plugins: Plugins) -> None:
+    """`compress plan`."""
+    recipe = overridden(Recipe.from_yaml(arguments.recipe, plugins), arguments)
+    if recipe.settings.model is None:
+        raise RecipeError("No model is named. Give one with --model, or as 'model' in the recipe.")
+    opened = checkpoint.open_checkpoint(recipe.settings.model, recipe.settings.trust_remote_code)
+    family = find_family(opened.config, plugins.families)
+    rows = [("", "stage", "layers", "FFN width", "parameters", "weights")]
+    shapes = foresee(recipe.passes, family.shape(opened.config))
+    for name, stage, shape in zip(
+        ["as it is", *(step.name for step in recipe.passes)],
+        ["", *(step.stage.name for step in recipe.passes)],
+        shapes,
+        strict=True,
+    ):
+        model = meta_model(reshaped(opened.config, family, shape), recipe.settings.trust_remote_code)
+        count, itemsize = parameters(model)["total"], checkpoint.item_size(opened.config, recipe.settings.dtype)
+        rows.append(
+            (name, stage, str(shape.layers), str(shape.width), f"{count / 1e6:,.1f} M", f"{count * itemsize / 1e6:,.1f} MB")
+        )
+    if not arguments.quiet:
+        print(aligned(rows, right=True))
+
+
+def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:
+    """`compress evaluate`."""
+    progress = Progress.for_terminal(arguments.quiet)
+    settings = build(Settings, given(arguments, {name: name for name in SETTINGS}), "the command line")
+    text = build(Text, given(arguments, {name: name for name in CALIBRATION.values()}), "the command line")
+    subject = open_subject(settings, progress)
+    if text.samples == 0:
+        raise RecipeError("0 windows are asked for, so there is nothing to evaluate. Ask for at least 1.")
+    assert subject.tokenizer is not None
+    windows = evaluation_windows(text, subject.tokenizer, plugins.sources, length_limit(subject.config.get_text_config()))
+    model = subject.load()
+    measured = perplexity(model, windows, progress)
+    count = parameters(model)
+    if arguments.json:
+        result = {
+            "model": subject.name,
+            "perplexity": measured.value,
+            "protocol": measured.protocol(),
+            "tokens_per_second": measured.tokens_per_second,
+            "parameters": count["total"],
+            "non_embedding_parameters": count["non_embedding"],
+            "bytes": checkpoint.weight_bytes(model),
+            "device": device_of(settings),
+        }
+        json.dump(result, sys.stdout, indent=2)
+        print()
+    elif not arguments.quiet:
+        print(f"Perplexity {measured.value:,.3f} on {describe(measured)}")
+        print(
+            f"{count['total'] / 1e6:,.1f} M parameters, {count['non_embedding'] / 1e6:,.1f} M without embeddings; "
+            f"{measured.tokens_per_second:,.0f} tokens per second"
+        )
+
+
+def passes(arguments: argparse.Namespace, plugins: Plugins) -> None:
+    """`compress passes`."""
+    rows = [("pass", "stage", "provider", "missing", "what it does")]
+    for name, step in sorted(plugins.passes.items(), key=lambda item: (item[1].stage, item[0])):
+        provider = plugins.providers[name]
+        rows.append(
+            (name, step.stage.name, f"{provider.distribution} {provider.version}", ", ".join(step.missing()), step.summary())
+        )
+    print(aligned(rows))
+
+
+def families(arguments: argparse.Namespace, plugins: Plugins) -> None:
+    """`compress families`."""
+    rows = [("family", "model_type"), *((family.name, ", ".join(family.model_types)) for family in plugins.families)]
+    print(aligned(rows))

@@ -1,0 +1,85 @@
+"""The flags that commands have in common, from the same dataclasses as the keys of a recipe."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from optimum_prune.calibration import Text
+from optimum_prune.options import build, options_of
+from optimum_prune.recipe import Recipe, Settings
+
+CALIBRATION = {"text": "text", "dataset": "dataset", "samples": "samples", "length": "length"}
+EVALUATION = {"eval_text": "text", "eval_samples": "samples", "eval_length": "length"}
+EVALUATION_HELP = {
+    "text": "Text to report perplexity on; if not given, windows from the end of the calibration text.",
+    "samples": "How many windows to report on; 0 measures nothing.",
+    "length": "Tokens of a window to report on; as for calibration if not given.",
+}
+SETTINGS = [field.name for field in dataclasses.fields(Settings)]
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """`--output` and `--overwrite`."""
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", required=True, metavar="FOLDER", help="Folder for the compressed model and its report.")
+    group.add_argument("--overwrite", action="store_true", help="Replace the output folder if it exists.")
+
+
+def add_common(parser: argparse.ArgumentParser, model_required: bool = False) -> None:
+    """The model, the texts, and how to compute; `--quiet`."""
+    group = parser.add_argument_group("model and computation")
+    for name, option in options_of(Settings).items():
+        dataclasses.replace(option, required=model_required and name == "model").add_flag(group)
+    texts = parser.add_argument_group("texts")
+    text_options = options_of(Text)
+    for flag, name in CALIBRATION.items():
+        dataclasses.replace(text_options[name], name=flag).add_flag(texts)
+    for flag, name in EVALUATION.items():
+        dataclasses.replace(text_options[name], name=flag, help=EVALUATION_HELP[name]).add_flag(texts)
+    _add_quiet(parser)
+
+
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    """The text and how to compute, for `evaluate`; what names the evaluation text elsewhere is understood too."""
+    group = parser.add_argument_group("computation")
+    for name, option in options_of(Settings).items():
+        if name not in ("model", "seed"):
+            option.add_flag(group)
+    texts = parser.add_argument_group("text")
+    options = options_of(Text)
+    for name in CALIBRATION.values():
+        metavar = {int: "N", str: "NAME"}[options[name].kind]
+        flags = [f"--{name}", *(["--eval-" + name] if f"eval_{name}" in EVALUATION else [])]
+        kind = {"type": int} if options[name].kind is int else {}
+        texts.add_argument(*flags, dest=name, metavar=metavar, default=argparse.SUPPRESS, help=options[name].help, **kind)
+    parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
+    _add_quiet(parser)
+
+
+def _add_quiet(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="Show no bars and no tables.")
+
+
+def given(arguments: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:
+    """What was given of the flags `names`, under the names of the options they stand for."""
+    return {option: getattr(arguments, flag) for flag, option in names.items() if hasattr(arguments, flag)}
+
+
+def overridden(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
+    """The recipe with what was given on the command line in place of its own."""
+    return dataclasses.replace(
+        recipe,
+        settings=_updated(recipe.settings, given(arguments, {name: name for name in SETTINGS}), "the command line"),
+        calibration=_updated(recipe.calibration, given(arguments, CALIBRATION), "the command line"),
+        evaluation=_updated(recipe.evaluation, given(arguments, EVALUATION), "the command line"),
+    )
+
+
+def _updated(instance: Any, values: dict[str, Any], where: str) -> Any:
+    if "text" in values or "dataset" in values:  # naming one text unnames the other
+        values = {"text": None, "dataset": None, **values}
+    build(type(instance), values, where)
+    return dataclasses.replace(instance, **values)

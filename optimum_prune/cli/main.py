@@ -1,0 +1,112 @@
+"""Parses a command line, runs the command, and turns what goes wrong into one sentence."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+from optimum_prune.cli import commands
+from optimum_prune.cli.flags import add_common, add_evaluation, add_output
+from optimum_prune.errors import OptimumPruneError, unknown
+from optimum_prune.options import options_of
+from optimum_prune.passes import PrunePass
+from optimum_prune.plugins import Plugins, load
+
+FAILED, INTERRUPTED = 1, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message[:1].upper()}{message[1:].rstrip('.')}. See {self.prog} --help.\n")
+
+
+def main(arguments: Sequence[str], program: str = "optimum-cli") -> int:
+    """Runs a command; returns its exit code: 0, or 1 after one sentence on stderr."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        plugins = load()
+        parsed = _parser(program, plugins).parse_args(arguments)
+        parsed.run(parsed, plugins)
+    except OptimumPruneError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; nothing was written.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        sys.stderr.close()
+        return FAILED
+    return 0
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _parser(program: str, plugins: Plugins) -> argparse.ArgumentParser:
+    parser = _Parser(prog=program)
+    top = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_prune(top.add_parser("prune", help="Prune a model with one method."), plugins)
+    _add_compress(top.add_parser("compress", help="Run, plan and evaluate recipes."))
+    return parser
+
+
+def _add_prune(parser: argparse.ArgumentParser, plugins: Plugins) -> None:
+    parser.description = "Prune a language model with one method."
+    methods = parser.add_subparsers(required=True, metavar="METHOD", title="methods", parser_class=_Parser)
+    for name, step in sorted(plugins.passes.items()):
+        if not issubclass(step, PrunePass):
+            continue
+        method = methods.add_parser(name, help=step.summary(), description=step.__doc__)
+        options = method.add_argument_group(f"options of {name}")
+        for option in options_of(step).values():
+            option.add_flag(options)
+        add_output(method)
+        add_common(method, model_required=True)
+        method.set_defaults(run=commands.prune, pass_class=step)
+    methods.choices = _Known(methods.choices or {}, "method")
+
+
+class _Known(dict[str, argparse.ArgumentParser]):
+    """The choices of a subcommand; a miss names the nearest."""
+
+    def __init__(self, choices: dict[str, argparse.ArgumentParser], kind: str) -> None:
+        super().__init__(choices)
+        self.kind = kind
+
+    def __contains__(self, name: object) -> bool:
+        if not super().__contains__(name):
+            raise OptimumPruneError(unknown(self.kind, str(name), self, "Installed"))
+        return True
+
+
+def _add_compress(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Run, plan and evaluate compression recipes."
+    actions = parser.add_subparsers(required=True, metavar="ACTION", title="actions", parser_class=_Parser)
+
+    run = actions.add_parser("run", help="Carry out a recipe.")
+    run.add_argument("recipe", metavar="RECIPE.yaml", help="The recipe.")
+    add_output(run)
+    add_common(run)
+    run.set_defaults(run=commands.run)
+
+    plan = actions.add_parser("plan", help="Say what a recipe would do; reads no weights.")
+    plan.add_argument("recipe", metavar="RECIPE.yaml", help="The recipe.")
+    add_common(plan)
+    plan.set_defaults(run=commands.plan)
+
+    evaluate = actions.add_parser("evaluate", help="Measure the perplexity of any checkpoint.")
+    evaluate.add_argument("model", metavar="MODEL", help="A folder, a Hub id, or a .gguf file.")
+    add_evaluation(evaluate)
+    evaluate.set_defaults(run=commands.evaluate)
+
+    passes = actions.add_parser("passes", help="List every pass that is installed.")
+    passes.set_defaults(run=commands.passes)
+    families = actions.add_parser("families", help="List every architecture that can be pruned.")
+    families.set_defaults(run=commands.families)

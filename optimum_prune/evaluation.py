@@ -1,0 +1,112 @@
+"""Perplexity, said exactly: every figure carries its protocol."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from optimum_prune.errors import NumericalError
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+    from transformers import PreTrainedModel
+
+    from optimum_prune.calibration import Calibration
+    from optimum_prune.progress import Progress
+
+TOKENS_PER_BATCH = 2048
+LOGITS_PER_CHUNK = 2**22
+"""Few enough that the allocator reuses their memory instead of fetching it from the system anew: three times as fast."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """`exp` of the mean negative log-likelihood, in nats, over all predicted tokens of the windows."""
+
+    value: float
+    text: str
+    """Where the text is from."""
+    windows: int
+    length: int
+    """Tokens of a window, beginning-of-sequence token included."""
+    tokens: int
+    """Predicted tokens: all but the first of each window."""
+    bos: bool
+    """Whether each window begins with the beginning-of-sequence token."""
+    dtype: str
+    tokens_per_second: float
+
+    def protocol(self) -> dict[str, Any]:
+        """All but the result: two figures with equal protocols can be compared."""
+        return {k: v for k, v in asdict(self).items() if k not in ("value", "tokens_per_second")}
+
+
+def next_token_losses(logits: Float[Tensor, "w t v"], tokens: Int[Tensor, "w t"], mask: Bool[Tensor, "w t"]) -> Float[Tensor, " w"]:
+    """
+    Of each window, the summed negative log-likelihood of its tokens after the first, in nats, float64.
+
+    The float32 copies that the softmax needs are made for a few tokens at a time.
+    """
+    tokens, mask = tokens.to(logits.device), mask.to(logits.device)
+    positions = max(1, LOGITS_PER_CHUNK // logits.shape[-1])
+    totals = []
+    for scores, targets, counted in zip(logits[:, :-1], tokens[:, 1:], mask[:, 1:], strict=True):
+        chunks = zip(scores.split(positions), targets.split(positions), strict=True)
+        losses = torch.cat([cross_entropy(some.float(), target, reduction="none") for some, target in chunks])
+        totals.append(losses[counted].double().sum())
+    return torch.stack(totals)
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, windows: Calibration, progress: Progress) -> Perplexity:
+    """
+    The perplexity of a model on windows.
+
+    Raises:
+        NumericalError: the model's logits are not finite.
+    """
+    started = time.perf_counter()
+    device = model.get_input_embeddings().weight.device
+    losses = []
+    for tokens, mask in progress.track(_batched(windows), "Evaluating", total=_batches(windows)):
+        tokens, mask = tokens.to(device), mask.to(device)
+        padding = {} if mask.all() else {"attention_mask": mask.long()}
+        output = model(input_ids=tokens, use_cache=False, **padding)
+        losses.append(next_token_losses(output.logits, tokens, mask).cpu())
+    seconds = time.perf_counter() - started
+    predicted = int(windows.mask[:, 1:].sum())
+    mean = torch.cat(losses).sum().item() / predicted
+    if not math.isfinite(mean):
+        raise NumericalError(
+            f"The perplexity on {windows.source} is {mean}: the model's logits are not finite. Look for NaN or infinity in its "
+            f"weights, or compute in bfloat16 or float32 instead of float16."
+        )
+    return Perplexity(
+        value=math.exp(mean) if mean < 700 else math.inf,
+        text=windows.source,
+        windows=len(windows.tokens),
+        length=windows.tokens.shape[1],
+        tokens=predicted,
+        bos=windows.bos,
+        dtype=str(model.dtype).removeprefix("torch."),
+        tokens_per_second=windows.tokens.numel() / seconds,
+    )
+
+
+def _per_batch(windows: Calibration) -> int:
+    return max(1, TOKENS_PER_BATCH // windows.tokens.shape[1])
+
+
+def _batches(windows: Calibration) -> int:
+    return math.ceil(len(windows.tokens) / _per_batch(windows))
+
+
+def _batched(windows: Calibration) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(windows.tokens.split(_per_batch(windows)), windows.mask.split(_per_batch(windows)), strict=True)

@@ -1,0 +1,20 @@
+"""Gemma 3: the text-only models, and the text decoder of those that also see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from optimum_prune.anatomy import Family
+from optimum_prune.hookspecs import hookimpl
+
+
+@hookimpl
+def families() -> Iterator[Family]:
+    yield Family(name="gemma3", model_types=("gemma3_text",), per_layer=("layer_types",))
+    yield Family(
+        name="gemma3-vision",
+        model_types=("gemma3",),
+        config="text_config",
+        layers="model.language_model.layers",
+        per_layer=("layer_types",),
+    )

@@ -1,0 +1,18 @@
+"""OPT: biases everywhere, ReLU, learned positions; the FFN's two matrices lie directly in the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from optimum_prune.anatomy import Family, FeedForward
+from optimum_prune.hookspecs import hookimpl
+
+
+@hookimpl
+def families() -> Iterator[Family]:
+    yield Family(
+        name="opt",
+        model_types=("opt",),
+        layers="model.decoder.layers",
+        feed_forward=FeedForward(inputs=("fc1",), output="fc2", width="ffn_dim"),
+    )

@@ -1,0 +1,58 @@
+"""What a stretch of work cost: wall-clock seconds and peak memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+
+class Meter:
+    """
+    A `with` block that knows how many `seconds` it has taken so far and, afterwards, its `peak_memory` in bytes.
+
+    The peak is the largest resident memory of the process within the block where the system can restart that count
+    (Linux), else since the process began; plus what was allocated on an accelerator, if there is one.
+    """
+
+    def __init__(self) -> None:
+        self.peak_memory = 0
+        self._start = time.perf_counter()
+        self._end: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return (time.perf_counter() if self._end is None else self._end) - self._start
+
+    def __enter__(self) -> Meter:
+        _restart_peak()
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end = time.perf_counter()
+        self.peak_memory = _peak()
+
+
+def _restart_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # not Linux, or not allowed: the count goes on from the start of the process
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak() -> int:
+    accelerator = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    try:
+        status = Path("/proc/self/status").read_text()
+        resident = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resident + accelerator

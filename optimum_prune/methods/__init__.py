@@ -1,0 +1,1 @@
+"""Built-in methods: every module here is a plugin, found by scanning this folder."""

@@ -1,0 +1,237 @@
+"""
+OSSCAR: one-shot structured pruning by combinatorial optimization (Meng et al., ICML 2024, arXiv 2403.12983).
+
+Layer by layer, FFN channels are removed so that the FFN's output changes least over the calibration tokens. With `X` the
+inputs of the output projection, `B` its dense weights and `H = X'X + damping * mean(diag X'X) * I`, a set S of channels
+leaves the loss
+
+    min over W supported on S of  1/2 tr((W - B)' H (W - B))
+
+Channels are eliminated greedily. With `inv` the inverse of H restricted to what is still alive, and W the optimal weights on
+it, removing channel j costs `1/2 |W_j|^2 / inv_jj`; the cheapest goes, and W and inv follow by a rank-one update. The weights
+on what is left are refitted exactly in the end. Later layers see the stream of the pruned layers before them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from optimum_prune import layerwise
+from optimum_prune.anatomy import Shape
+from optimum_prune.cuts import Cuts, Decision, Indices
+from optimum_prune.errors import NumericalError, RecipeError
+from optimum_prune.hookspecs import hookimpl
+from optimum_prune.options import option
+from optimum_prune.passes import Pass, PrunePass
+from optimum_prune.statistics import Gram
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from optimum_prune.anatomy import Family
+    from optimum_prune.calibration import Calibration
+    from optimum_prune.progress import Progress
+
+LARGEST_MULTIPLE = 64
+PENDING = 64
+"""Eliminations kept as a low-rank factor before the matrices are brought up to date: 32 to 128 are about equally fast."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Osscar(PrunePass):
+    """Removes FFN channels by exact greedy elimination and refits the output projection by least squares."""
+
+    name: ClassVar[str] = "osscar"
+    ratio: float = option("Fraction of the FFN channels to remove from every layer, between 0 and 1.")
+    multiple_of: int | None = option(
+        "Keep a multiple of this many channels. If not given: 64, or less for layers narrower than 1024.", None
+    )
+    damping: float = option("Added to the gram's diagonal, relative to its mean.", 0.01)
+    step: int = option("Channels removed before the rest are ranked anew; 1 is the exact greedy.", 1)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise RecipeError(f"osscar has ratio {self.ratio}. Give the fraction to remove, above 0 and below 1.")
+        if self.multiple_of is not None and self.multiple_of < 1:
+            raise RecipeError(f"osscar has multiple_of {self.multiple_of}. Give a whole number of at least 1.")
+        if self.damping <= 0:
+            raise RecipeError(f"osscar has damping {self.damping}. Give a number above 0; 0.01 is usual.")
+        if self.step < 1:
+            raise RecipeError(f"osscar has step {self.step}. Give a whole number of at least 1.")
+
+    def foresee(self, shape: Shape) -> Shape:
+        return Shape(shape.layers, self.kept_width(shape.width))
+
+    def kept_width(self, width: int) -> int:
+        """
+        Channels kept of `width`: the multiple nearest to what the ratio asks for; never none, never all.
+
+        Raises:
+            RecipeError: no multiple lies between none and all.
+        """
+        multiple = self.multiple_of or _usual_multiple(width)
+        kept = round(width * (1 - self.ratio) / multiple) * multiple
+        kept = min(max(kept, multiple), (width - 1) // multiple * multiple)
+        if kept < 1:
+            raise RecipeError(f"osscar is to keep a multiple of {multiple} channels, and fewer than {width}. Lower multiple_of.")
+        return kept
+
+    def decide(self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress) -> Iterator[Decision]:
+        output = family.feed_forward.output
+        for visit in layerwise.walk(model, family, calibration, progress, "OSSCAR, layer by layer"):
+            linear = family.linear(visit.layer, output)
+            gram = Gram(linear.in_features, linear.weight.device)
+            visit.observe(output, gram.add)
+            keep = self.kept_width(linear.in_features)
+            try:
+                result = eliminate(damped(gram.value, self.damping), linear.weight.detach(), keep, self.step)
+            except torch.linalg.LinAlgError as error:
+                raise NumericalError(
+                    f"The FFN activations of layer {visit.index} are not finite, or too ill-conditioned to solve for. Look for "
+                    f"NaN or infinity in the weights, or raise 'damping' above {self.damping}."
+                ) from error
+            yield Decision(
+                cuts=Cuts(channels={visit.index: result.kept}),
+                weights={f"{family.layers}.{visit.index}.{output}.weight": result.weight},
+                evidence={"layer": visit.index, "width": keep, "relative_error": result.relative_error},
+            )
+
+
+def _usual_multiple(width: int) -> int:
+    """64, and for narrow layers the largest power of two that leaves at least 16 multiples."""
+    multiple = LARGEST_MULTIPLE
+    while multiple > 1 and width // multiple < 16:
+        multiple //= 2
+    return multiple
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """What is left of a linear layer."""
+
+    kept: Indices
+    """Kept input channels, ascending."""
+    weight: Float[Tensor, "out kept"]
+    """Refitted weights on them, float64."""
+    loss: float
+    """`1/2 tr((W - B)' H (W - B))` of the refitted weights."""
+    relative_error: float
+    """The loss relative to that of removing everything."""
+
+
+def damped(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
+    """`X'X + damping * mean(diag X'X) * I` in float64; for a gram of zeros, as if its mean were 1."""
+    gram = gram.double()
+    mean = gram.diagonal().mean().item() or 1.0
+    return gram + damping * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
+def eliminate(gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], keep: int, step: int = 1) -> Elimination:
+    """
+    Greedy backward elimination of input channels down to `keep`, then the exact refit.
+
+    Args:
+        gram: H above, symmetric positive definite.
+        weight: B' above, the dense weights.
+        keep: how many channels stay, 1 to all.
+        step: how many channels go before the rest are ranked anew; 1 is the exact greedy.
+
+    Raises:
+        torch.linalg.LinAlgError: the gram is not positive definite, or not finite.
+    """
+    gram = gram.double()
+    dense = weight.double().T
+    kept = _survivors(torch.cholesky_inverse(torch.linalg.cholesky(gram)), dense, keep, step)
+    refitted, loss = refit(gram, dense, kept)
+    everything = 0.5 * (dense * (gram @ dense)).sum().item()
+    return Elimination(tuple(kept.tolist()), refitted.T, loss, loss / everything if everything else 0.0)
+
+
+def _survivors(inverse: Float[Tensor, "in in"], current: Float[Tensor, "in out"], keep: int, step: int) -> Tensor:
+    """
+    Indices of the channels that greedy elimination leaves, ascending.
+
+    Up to `PENDING` eliminations are pending at a time; then inverse and weights shrink to what is alive.
+    """
+    indices = torch.arange(len(inverse), device=inverse.device)
+    while len(indices) > keep:
+        pending = min(PENDING, len(indices) - keep)
+        pending = max(pending // step * step, min(step, pending))  # do not break a step in two
+        gone, factor = _eliminate_some(inverse, current @ current.T, pending, step)
+        # Eliminating `gone` in this order turns inverse into inverse - U U' and current into current - U V, where V solves
+        # a triangular system: the rows of U at the eliminated channels.
+        values = torch.linalg.solve_triangular(factor[gone].tril(), current[gone], upper=False)
+        alive = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
+        alive[gone] = False
+        factor = factor[alive]
+        inverse = inverse[alive][:, alive] - factor @ factor.T
+        current = current[alive] - factor @ values
+        indices = indices[alive]
+    return indices
+
+
+def _eliminate_some(
+    inverse: Float[Tensor, "n n"], products: Float[Tensor, "n n"], count: int, step: int
+) -> tuple[Tensor, Float[Tensor, "n count"]]:
+    """
+    Eliminates `count` channels by lazy low-rank updates: O(n k) for the k-th.
+
+    Only three things are needed of the current inverse and weights: the inverse's diagonal, the squared norms of the weights'
+    rows, and, for the channel that goes, one column of the inverse and one of the rows' inner products. With U the scaled
+    columns of the inverse and V the scaled rows of the weights at the eliminated channels, these columns follow from those at
+    the start, U, `Q = W V'` and `M = V V'`.
+
+    Args:
+        inverse: inverse of the gram at the start.
+        products: inner products `W W'` of the weights' rows at the start.
+
+    Returns:
+        The eliminated channels in order, and U.
+    """
+    size = len(inverse)
+    u, q = inverse.new_zeros(size, count), inverse.new_zeros(size, count)
+    m = inverse.new_zeros(count, count)
+    diagonal, norms = inverse.diagonal().clone(), products.diagonal().clone()
+    gone = torch.zeros(count, dtype=torch.long, device=inverse.device)
+    queue: list[int] = []
+    for k in range(count):
+        if not queue:
+            cost = norms.clamp(min=0) / diagonal
+            cost[gone[:k]] = torch.inf
+            queue = cost.topk(min(step, count - k), largest=False).indices.tolist()
+        j = queue.pop(0)
+        past = u[j, :k]
+        scale = diagonal[j].sqrt()
+        mixed = q[j, :k] - m[:k, :k] @ past
+        column = (inverse[:, j] - u[:, :k] @ past) / scale
+        q[:, k] = (products[:, j] - q[:, :k] @ past) / scale
+        inner = q[:, k] - u[:, :k] @ (mixed / scale)
+        m[k, :k] = m[:k, k] = mixed / scale
+        m[k, k] = norms[j] / diagonal[j]
+        norms = norms - 2 * column * inner + column.square() * m[k, k]
+        diagonal = diagonal - column.square()
+        u[:, k] = column
+        gone[k] = j
+    return gone, u
+
+
+def refit(gram: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], kept: Tensor) -> tuple[Float[Tensor, "kept out"], float]:
+    """The weights on `kept` that minimise the loss, `B_S + H_SS^-1 H_SD B_D` with D what is gone; and the loss."""
+    alive = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
+    alive[kept] = True
+    lost = dense[~alive]
+    pull = gram[alive][:, ~alive] @ lost
+    correction = torch.cholesky_solve(pull, torch.linalg.cholesky(gram[alive][:, alive]))
+    loss = 0.5 * ((lost * (gram[~alive][:, ~alive] @ lost)).sum() - (pull * correction).sum())
+    return dense[alive] + correction, max(loss.item(), 0.0)
+
+
+@hookimpl
+def passes() -> Iterator[type[Pass]]:
+    yield Osscar

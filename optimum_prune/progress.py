@@ -1,0 +1,51 @@
+"""Progress bars, silent where nobody watches."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where progress is shown: a bar on stderr for each long step, or nothing."""
+
+    visible: bool = False
+
+    @classmethod
+    def for_terminal(cls, quiet: bool = False) -> Progress:
+        """Bars if stderr is a terminal and nobody asked for silence."""
+        return cls(visible=not quiet and sys.stderr.isatty())
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """The items, with a bar that counts them."""
+        return iter(tqdm(items, desc=description, total=total, disable=not self.visible, file=sys.stderr, leave=False))
+
+    @contextmanager
+    def libraries(self) -> Iterator[None]:
+        """Makes the bars of transformers, datasets and huggingface_hub as visible as ours, for the time of a `with`."""
+        if self.visible:
+            yield
+            return
+        import datasets
+        import huggingface_hub.utils as hub
+        from transformers.utils import logging as transformers_logging
+
+        with ExitStack() as stack:
+            if transformers_logging.is_progress_bar_enabled():
+                transformers_logging.disable_progress_bar()
+                stack.callback(transformers_logging.enable_progress_bar)
+            if datasets.utils.are_progress_bars_disabled() is False:
+                datasets.utils.disable_progress_bars()
+                stack.callback(datasets.utils.enable_progress_bars)
+            if hub.are_progress_bars_disabled() is False:
+                hub.disable_progress_bars()
+                stack.callback(hub.enable_progress_bars)
+            yield

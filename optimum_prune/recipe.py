@@ -1,0 +1,130 @@
+"""A recipe: frozen data, from YAML or built in Python, checked before a byte of the model is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from optimum_prune.calibration import Text, texts_to_use
+from optimum_prune.errors import RecipeError, unknown
+from optimum_prune.options import as_plain, build, option
+from optimum_prune.passes import Pass
+from optimum_prune.plugins import Plugins
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What holds for a whole run."""
+
+    model: str | None = option("A folder, a Hub id, or a .gguf file.", None)
+    seed: int = option("Seed of every random choice.", 0)
+    dtype: DType = option("Data type to load and save the model in; auto is the checkpoint's own.", "auto")
+    device: str = option("Where to compute: cpu, cuda, cuda:1, mps, xpu; auto is an accelerator if there is one.", "auto")
+    trust_remote_code: bool = option("Run modelling code that comes with the checkpoint.", False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """
+    Passes in order, on what model, by which text.
+
+    Raises:
+        RecipeError: no pass, stages out of order, a pass whose libraries are missing, or one text for both uses.
+    """
+
+    passes: tuple[Pass, ...]
+    calibration: Text = Text()
+    """What passes choose by."""
+    evaluation: Text = Text()
+    """What is reported on; if it names no text, the end of the calibration text."""
+    settings: Settings = Settings()
+
+    def __post_init__(self) -> None:
+        if not self.passes:
+            raise RecipeError("The recipe has no pass. Name at least one under 'passes'.")
+        for earlier, later in zip(self.passes, self.passes[1:], strict=False):
+            if later.stage < earlier.stage:
+                raise RecipeError(
+                    f"'{later.name}' ({later.stage.name}) comes after '{earlier.name}' ({earlier.stage.name}), and stages only go "
+                    f"forward: PRUNE, RECOVER, QUANTIZE, EXPORT. Put '{later.name}' first."
+                )
+        for step in self.passes:
+            if step.missing():
+                raise RecipeError(
+                    f"'{step.name}' needs {', '.join(step.missing())}, which is not installed. Run: pip install {' '.join(step.missing())}"
+                )
+        texts_to_use(self.calibration, self.evaluation)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, plugins: Plugins) -> Recipe:
+        """
+        The recipe in a YAML file.
+
+        Raises:
+            RecipeError: the file cannot be read, is not YAML, or constructs objects; what `from_dict` raises.
+        """
+        try:
+            plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}. Name a YAML file.") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error).split())
+            raise RecipeError(f"The recipe {path} is not plain YAML: {reason}. Mend it; tags are not allowed.") from error
+        return cls.from_dict(plain, plugins)
+
+    @classmethod
+    def from_dict(cls, plain: object, plugins: Plugins) -> Recipe:
+        """
+        The recipe in plain data: the passes, calibration and evaluation, and the settings at the top level.
+
+        Raises:
+            RecipeError: a key, option or value that is not known or not right.
+            PluginError: a pass that nobody provides.
+        """
+        if not isinstance(plain, Mapping):
+            raise RecipeError(
+                "A recipe is a mapping with a list of 'passes'. This one is " + (type(plain).__name__ if plain else "empty") + "."
+            )
+        sections = ("passes", "calibration", "evaluation")
+        names = [field.name for field in dataclasses.fields(Settings)]
+        for key in plain:
+            if key not in (*sections, *names):
+                raise RecipeError(unknown("part of a recipe", key, (*sections, *names), "Parts"))
+        steps = plain.get("passes")
+        if not isinstance(steps, Sequence) or isinstance(steps, str):
+            raise RecipeError("The recipe needs a list of 'passes', such as `- depth: {layers: 2}`.")
+        return cls(
+            passes=tuple(_pass(step, plugins) for step in steps),
+            calibration=build(Text, plain.get("calibration"), "calibration"),
+            evaluation=build(Text, plain.get("evaluation"), "evaluation"),
+            settings=build(Settings, {key: plain[key] for key in names if key in plain}, "the recipe"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_dict`, with the defaults filled in."""
+        return {
+            **as_plain(self.settings),
+            "calibration": as_plain(self.calibration),
+            "evaluation": as_plain(self.evaluation),
+            "passes": [{step.name: as_plain(step)} for step in self.passes],
+        }
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that `from_yaml` reads."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _pass(step: object, plugins: Plugins) -> Pass:
+    """The pass that one entry of the list names: `name`, or `name: {options}`."""
+    if isinstance(step, str):
+        step = {step: {}}
+    if not isinstance(step, Mapping) or len(step) != 1:
+        raise RecipeError(f"A pass is written as `- name` or `- name: {{option: value}}`, and this is neither: {step!r}.")
+    ((name, options),) = step.items()
+    return build(plugins.pass_named(str(name)), options, f"pass '{name}'")
