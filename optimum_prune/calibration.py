@@ -67,7 +67,9 @@ class Text:
         if self.length is not None and self.length < 2:
             raise RecipeError(f"Windows of {self.length} tokens are asked for. A window needs at least 2.")
         if self.samples is not None and self.samples < 0:
-            raise RecipeError(f"{self.samples} windows are asked for. Give a number of at least 1, or 0 to evaluate nothing.")
+            raise RecipeError(
+                f"{self.samples} windows are asked for. Give a number of at least 1, or 0 to evaluate nothing."
+            )
         if self.text is not None and not Path(self.text).is_file():
             what = "is a folder" if Path(self.text).is_dir() else "does not exist"
             raise TextError(f"The text file {self.text} {what}. Name a .txt, .jsonl or .parquet file.")
@@ -110,7 +112,9 @@ class Calibration:
     """Whether each window begins with the beginning-of-sequence token."""
 
     @classmethod
-    def from_tokens(cls, tokens: Int[Tensor, "windows length"], source: str = "given tokens", bos: bool = False) -> Calibration:
+    def from_tokens(
+        cls, tokens: Int[Tensor, "windows length"], source: str = "given tokens", bos: bool = False
+    ) -> Calibration:
         """Windows without padding."""
         return cls(tokens, torch.ones_like(tokens, dtype=torch.bool), source, bos)
 
@@ -158,8 +162,8 @@ def draw(
         RecipeError: windows longer than the model can take.
     """
     calibration, evaluation = texts_to_use(calibration, evaluation)
-    calibration = replace(calibration, length=_length(calibration.length or min(LENGTH, limit), limit))
-    evaluation = replace(evaluation, length=_length(evaluation.length or calibration.length, limit))
+    calibration = _with_length(calibration, min(LENGTH, limit), limit)
+    evaluation = _with_length(evaluation, calibration.length or LENGTH, limit)
     joined = _read(calibration, sources, extra=0 if evaluation.named else _tokens_wanted(evaluation))
     tokens = _tokenize(joined, tokenizer)
     if evaluation.samples == 0:
@@ -173,7 +177,9 @@ def draw(
             f"{calibration.describe()} and {evaluation.describe()} hold the same text. What a model is chosen by must not be what "
             f"it is reported on: name another text, or none for windows from the end of the same one."
         )
-    return _draw_at_random(tokens, calibration, tokenizer, seed), _first_windows(_tokenize(other, tokenizer), evaluation, tokenizer)
+    return _draw_at_random(tokens, calibration, tokenizer, seed), _first_windows(
+        _tokenize(other, tokenizer), evaluation, tokenizer
+    )
 
 
 def evaluation_windows(
@@ -182,14 +188,17 @@ def evaluation_windows(
     """The first windows of a text, to report on; WikiText-2's test split if none is named."""
     if not evaluation.named:
         evaluation = replace(evaluation, dataset=f"{WIKITEXT}:test")
-    evaluation = replace(evaluation, length=_length(evaluation.length or min(LENGTH, limit), limit))
+    evaluation = _with_length(evaluation, min(LENGTH, limit), limit)
     return _first_windows(_tokenize(_read(evaluation, sources), tokenizer), evaluation, tokenizer)
 
 
-def _length(length: int, limit: int) -> int:
+def _with_length(text: Text, default: int, limit: int) -> Text:
+    length = text.length or default
     if length > limit:
-        raise RecipeError(f"Windows of {length} tokens are asked for, and the model takes at most {limit}. Ask for shorter ones.")
-    return length
+        raise RecipeError(
+            f"Windows of {length} tokens are asked for, and the model takes at most {limit}. Ask for shorter ones."
+        )
+    return replace(text, length=length)
 
 
 def _tokens_wanted(text: Text) -> int:
@@ -211,7 +220,9 @@ def _read(text: Text, sources: Mapping[str, Source], extra: int = 0) -> str:
             break
     joined = "\n\n".join(documents)[:limit]
     if not joined.strip():
-        raise TextError(f"The text {text.describe()} is empty. Name one with enough text for a window of {text.length} tokens.")
+        raise TextError(
+            f"The text {text.describe()} is empty. Name one with enough text for a window of {text.length} tokens."
+        )
     return joined
 
 
@@ -231,7 +242,9 @@ def _read_txt(text: Text) -> Iterator[str]:
     try:
         yield path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise TextError(f"The text file {path} is not UTF-8 at byte {error.start}. Convert it, or name another.") from error
+        raise TextError(
+            f"The text file {path} is not UTF-8 at byte {error.start}. Convert it, or name another."
+        ) from error
 
 
 def _read_jsonl(text: Text) -> Iterator[str]:
@@ -259,7 +272,9 @@ def _read_parquet(text: Text) -> Iterator[str]:
     try:
         table = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise TextError(f"{path} is not a Parquet file that can be read ({_first_line(error)}). Name another.") from error
+        raise TextError(
+            f"{path} is not a Parquet file that can be read ({_first_line(error)}). Name another."
+        ) from error
     _check_column(text.column, table.schema_arrow.names, text)
     for batch in table.iter_batches(columns=[text.column]):
         yield from (document for document in batch.column(0).to_pylist() if document)
@@ -289,7 +304,8 @@ def _read_hub(text: Text) -> Iterator[str]:
 def _check_column(column: str, columns: Iterable[str], text: Text) -> None:
     if column not in columns:
         raise TextError(
-            unknown("column", column, columns, f"Columns of {text.describe()}") + " Name one as 'column' in the recipe."
+            unknown("column", column, columns, f"Columns of {text.describe()}")
+            + " Name one as 'column' in the recipe."
         )
 
 
@@ -320,7 +336,9 @@ def _bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.bos_token_id if tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] else None
 
 
-def _cut(tokens: Int[Tensor, " tokens"], text: Text, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, "windows length"]:
+def _cut(
+    tokens: Int[Tensor, " tokens"], text: Text, tokenizer: PreTrainedTokenizerBase
+) -> Int[Tensor, "windows length"]:
     """All the windows of a text, in order."""
     bos, length = _bos(tokenizer), text.length or LENGTH
     body = length - (bos is not None)

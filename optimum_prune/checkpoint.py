@@ -99,10 +99,14 @@ def _locate(model: str) -> tuple[str, str | None]:
             raise CheckpointError(f"The model file {model} does not exist. Name a .gguf file, a folder or a Hub id.")
         return str(path.parent), path.name
     if path.is_file():
-        raise CheckpointError(f"The model {model} is a file, but no .gguf file. Name the folder that holds it, or a .gguf file.")
+        raise CheckpointError(
+            f"The model {model} is a file, but no .gguf file. Name the folder that holds it, or a .gguf file."
+        )
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise CheckpointError(f"The folder {model} is no model: it has no config.json. Name a folder with a checkpoint.")
+            raise CheckpointError(
+                f"The folder {model} is no model: it has no config.json. Name a folder with a checkpoint."
+            )
         return str(path), None
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip("/ "):
         raise CheckpointError(f"The model folder {model} does not exist. Name a folder, a Hub id or a .gguf file.")
@@ -112,7 +116,11 @@ def _locate(model: str) -> tuple[str, str | None]:
 def _refuse_quantized(config: Mapping[str, Any], model: str) -> None:
     quantization = config.get("quantization_config")
     if quantization is not None:
-        method = quantization.get("quant_method", "an unnamed method") if isinstance(quantization, Mapping) else quantization
+        method = (
+            quantization.get("quant_method", "an unnamed method")
+            if isinstance(quantization, Mapping)
+            else quantization
+        )
         raise CheckpointError(
             f"{model} is already quantized ({method}): its weights are packed and cannot be cut exactly. Prune the unquantized "
             f"checkpoint, and quantize as a later pass of the recipe."
@@ -141,7 +149,10 @@ def load(checkpoint: Checkpoint, dtype: str, device: str, progress: Progress) ->
     try:
         with progress.libraries():
             model, info = AutoModelForCausalLM.from_pretrained(
-                checkpoint.source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True, **arguments
+                checkpoint.source,
+                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+                output_loading_info=True,
+                **arguments,
             )
     except Exception as error:
         raise CheckpointError(f"The weights of {checkpoint.name} cannot be read: {_reason(error)}") from error
@@ -169,7 +180,9 @@ def _key_problems(info: Mapping[str, Any]) -> str:
     """Weights that a load found missing, unexpected or of another shape, in one phrase; empty if there are none."""
     kinds = {"missing": "missing_keys", "unexpected": "unexpected_keys", "of another shape": "mismatched_keys"}
     found = [
-        f"{len(info[key])} weights {kind}, such as {sorted(map(str, info[key]))[0]}" for kind, key in kinds.items() if info[key]
+        f"{len(info[key])} weights {kind}, such as {sorted(map(str, info[key]))[0]}"
+        for kind, key in kinds.items()
+        if info[key]
     ]
     return "; ".join(found)
 
@@ -221,8 +234,8 @@ def _edit_json(file: Path, edit: Any) -> None:
 
 def _with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
     """Adds the rotary fields of transformers 4, which ignores `rope_parameters` and would take a default frequency instead."""
-    for text in (config, config.get("text_config")):
-        rope = (text or {}).get("rope_parameters")
+    for text in (config, config.get("text_config") or {}):
+        rope = text.get("rope_parameters")
         if not rope:
             continue
         plain = rope.get("full_attention", rope)

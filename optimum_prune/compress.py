@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -103,7 +102,12 @@ def compress(
         _check_disk(staging.root, surgery.reshaped(subject.config, family, shape), recipe.settings)
         pruned = _prune(recipe, subject, family, texts, plugins, staging, progress)
         reloaded, verified = checkpoint.verify(
-            staging.result, pruned.probe, pruned.dtype, device_of(recipe.settings), recipe.settings.trust_remote_code, progress
+            staging.result,
+            pruned.probe,
+            pruned.dtype,
+            device_of(recipe.settings),
+            recipe.settings.trust_remote_code,
+            progress,
         )
         converted = _convert(recipe, texts, plugins, staging, progress)
         if any(outcome.stage is Stage.QUANTIZE for outcome in converted):
@@ -178,7 +182,9 @@ def foresee(steps: Sequence[Pass], shape: Shape) -> list[Shape]:
 
 def _draw(recipe: Recipe, subject: Subject, family: Family, plugins: Plugins) -> Texts:
     if subject.tokenizer is None:
-        raise RecipeError(f"{subject.name} has no tokenizer to read a text with. Give the windows of tokens themselves.")
+        raise RecipeError(
+            f"{subject.name} has no tokenizer to read a text with. Give the windows of tokens themselves."
+        )
     calibration, evaluation = draw(
         recipe.calibration,
         recipe.evaluation,
@@ -196,7 +202,9 @@ def length_limit(config: PreTrainedConfig) -> int:
 
 
 def _check_texts(texts: Texts, config: PreTrainedConfig) -> None:
-    largest = max(int(windows.tokens.max()) for windows in (texts.calibration, texts.evaluation) if windows is not None)
+    largest = max(
+        int(windows.tokens.max()) for windows in (texts.calibration, texts.evaluation) if windows is not None
+    )
     if largest >= config.vocab_size:
         raise RecipeError(
             f"The text has the token {largest}, and the model knows {config.vocab_size}. Use the tokenizer that belongs to the model."
@@ -204,7 +212,9 @@ def _check_texts(texts: Texts, config: PreTrainedConfig) -> None:
 
 
 def _check_disk(folder: Path, config: PreTrainedConfig, settings: Settings) -> None:
-    needed = parameters(meta_model(config, settings.trust_remote_code))["total"] * checkpoint.item_size(config, settings.dtype)
+    needed = parameters(meta_model(config, settings.trust_remote_code))["total"] * checkpoint.item_size(
+        config, settings.dtype
+    )
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
@@ -226,7 +236,13 @@ def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
 
 
 def _prune(
-    recipe: Recipe, subject: Subject, family: Family, texts: Texts, plugins: Plugins, staging: Staging, progress: Progress
+    recipe: Recipe,
+    subject: Subject,
+    family: Family,
+    texts: Texts,
+    plugins: Plugins,
+    staging: Staging,
+    progress: Progress,
 ) -> Pruned:
     """Loads the model, measures it, prunes it, and saves it. Unless the caller holds the model, it is gone afterwards."""
     model = subject.load()
@@ -239,7 +255,12 @@ def _prune(
 
 
 def prune(
-    step: PrunePass, model: PreTrainedModel, family: Family, calibration: Calibration, plugins: Plugins, progress: Progress
+    step: PrunePass,
+    model: PreTrainedModel,
+    family: Family,
+    calibration: Calibration,
+    plugins: Plugins,
+    progress: Progress,
 ) -> Outcome:
     """
     Carries out one pruning pass on a model, in place: each decision is cut before the next is asked for.
@@ -250,21 +271,25 @@ def prune(
     plugins.manager.hook.before_pass(step=step, model=model)
     expected = step.foresee(family.shape(model.config))
     cuts, evidence = Cuts(), []
-    with Meter() as meter, closing(step.decide(model, family, calibration, progress)) as decisions:
-        for decision in decisions:
+    with Meter() as meter:
+        for decision in step.decide(model, family, calibration, progress):
             surgery.carry_out(model, family, decision)
             cuts = cuts.merge(decision.cuts)
             evidence.append(decision.evidence)
         surgery.settle_width(model, family)
     found = family.shape(model.config)
     if found != expected:
-        raise SurgeryError(f"The pass '{step.name}' left a model of {found} where it foresaw {expected}. Please report it.")
+        raise SurgeryError(
+            f"The pass '{step.name}' left a model of {found} where it foresaw {expected}. Please report it."
+        )
     outcome = Outcome(step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, cuts, tuple(evidence))
     plugins.manager.hook.pass_finished(outcome=outcome)
     return outcome
 
 
-def _convert(recipe: Recipe, texts: Texts, plugins: Plugins, staging: Staging, progress: Progress) -> tuple[Outcome, ...]:
+def _convert(
+    recipe: Recipe, texts: Texts, plugins: Plugins, staging: Staging, progress: Progress
+) -> tuple[Outcome, ...]:
     """Carries out the passes that go from folder to folder; `staging.result` becomes the last checkpoint."""
     outcomes = []
     for position, step in enumerate(recipe.passes):
@@ -278,7 +303,9 @@ def _convert(recipe: Recipe, texts: Texts, plugins: Plugins, staging: Staging, p
             evidence = step.convert(staging.result, target, texts.calibration, progress)
         if not exports:
             staging.result = target
-        outcomes.append(Outcome(step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, evidence=(evidence,)))
+        outcomes.append(
+            Outcome(step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, evidence=(evidence,))
+        )
         plugins.manager.hook.pass_finished(outcome=outcomes[-1])
     return tuple(outcomes)
 

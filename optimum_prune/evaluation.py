@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +47,9 @@ class Perplexity:
         return {k: v for k, v in asdict(self).items() if k not in ("value", "tokens_per_second")}
 
 
-def next_token_losses(logits: Float[Tensor, "w t v"], tokens: Int[Tensor, "w t"], mask: Bool[Tensor, "w t"]) -> Float[Tensor, " w"]:
+def next_token_losses(
+    logits: Float[Tensor, "w t v"], tokens: Int[Tensor, "w t"], mask: Bool[Tensor, "w t"]
+) -> Float[Tensor, " w"]:
     """
     Of each window, the summed negative log-likelihood of its tokens after the first, in nats, float64.
 
@@ -75,7 +76,7 @@ def perplexity(model: PreTrainedModel, windows: Calibration, progress: Progress)
     started = time.perf_counter()
     device = model.get_input_embeddings().weight.device
     losses = []
-    for tokens, mask in progress.track(_batched(windows), "Evaluating", total=_batches(windows)):
+    for tokens, mask in progress.track(_batched(windows), "Evaluating"):
         tokens, mask = tokens.to(device), mask.to(device)
         padding = {} if mask.all() else {"attention_mask": mask.long()}
         output = model(input_ids=tokens, use_cache=False, **padding)
@@ -100,13 +101,8 @@ def perplexity(model: PreTrainedModel, windows: Calibration, progress: Progress)
     )
 
 
-def _per_batch(windows: Calibration) -> int:
-    return max(1, TOKENS_PER_BATCH // windows.tokens.shape[1])
-
-
-def _batches(windows: Calibration) -> int:
-    return math.ceil(len(windows.tokens) / _per_batch(windows))
-
-
-def _batched(windows: Calibration) -> Iterator[tuple[Tensor, Tensor]]:
-    return zip(windows.tokens.split(_per_batch(windows)), windows.mask.split(_per_batch(windows)), strict=True)
+def _batched(windows: Calibration) -> list[tuple[Tensor, Tensor]]:
+    """Tokens and masks of a few windows at a time."""
+    size = max(1, TOKENS_PER_BATCH // windows.tokens.shape[1])
+    starts = range(0, len(windows.tokens), size)
+    return [(windows.tokens[start : start + size], windows.mask[start : start + size]) for start in starts]

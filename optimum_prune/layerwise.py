@@ -44,7 +44,7 @@ class Batch:
     def run(self, layer: nn.Module, index: int, hidden: Float[Tensor, "w t h"]) -> Float[Tensor, "w t h"]:
         """Hidden states behind a layer, which is called as the model calls its layer `index`."""
         positional, keywords = self.arguments[index]
-        output = layer(hidden, *positional, **keywords)
+        output: Tensor | tuple[Tensor, ...] = layer(hidden, *positional, **keywords)
         return output[0] if isinstance(output, tuple) else output
 
     def split(self, hidden: Float[Tensor, "w t h"]) -> Iterator[tuple[Batch, Float[Tensor, "1 t h"]]]:
@@ -70,7 +70,8 @@ class _StandIn(nn.Module):
         return getattr(self.__dict__["_layer"], name)
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.__dict__["_forward"](hidden, args, kwargs)
+        output: Tensor = self.__dict__["_forward"](hidden, args, kwargs)
+        return output
 
 
 @contextmanager
@@ -129,7 +130,9 @@ def _prepare(
 
 
 @torch.no_grad()
-def logits(model: PreTrainedModel, family: Family, batch: Batch, hidden: Float[Tensor, "w t h"]) -> Float[Tensor, "w t v"]:
+def logits(
+    model: PreTrainedModel, family: Family, batch: Batch, hidden: Float[Tensor, "w t h"]
+) -> Float[Tensor, "w t v"]:
     """The logits for hidden states behind the last layer: final norm, head, and what else the model does there."""
     stand_in = _StandIn(family.layers_of(model)[0], lambda *_: hidden)
     with _layers_replaced(model, family, [stand_in]):
@@ -163,7 +166,9 @@ class Visit:
 
 
 @torch.no_grad()
-def walk(model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress, description: str) -> Iterator[Visit]:
+def walk(
+    model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress, description: str
+) -> Iterator[Visit]:
     """
     Visits the decoder layers in order.
 

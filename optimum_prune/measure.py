@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -26,6 +27,7 @@ class Meter:
 
     @property
     def seconds(self) -> float:
+        """Wall-clock seconds since the block began, or that it took."""
         return (time.perf_counter() if self._end is None else self._end) - self._start
 
     def __enter__(self) -> Meter:
@@ -33,16 +35,16 @@ class Meter:
         self._start = time.perf_counter()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._end = time.perf_counter()
         self.peak_memory = _peak()
 
 
 def _restart_peak() -> None:
-    try:
+    with suppress(OSError):  # not Linux, or not allowed: the count goes on from the start of the process
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # not Linux, or not allowed: the count goes on from the start of the process
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
 

@@ -66,14 +66,14 @@ class Option:
             )
         return value
 
-    def add_flag(self, parser: argparse._ActionsContainer) -> None:
+    def add_flag(self, parser: argparse._ActionsContainer, *aliases: str) -> None:
         """Adds `--name` to a parser; what is not given stays absent from the namespace."""
-        flag = "--" + self.name.replace("_", "-")
+        flags = ("--" + self.name.replace("_", "-"), *aliases)
         text = self.help + ("" if self.required or self.default is None else f" (default: {self.default})")
         text = text.replace("%", "%%")
         common: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, "dest": self.name}
         if self.kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **common)
+            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
             return
         if self.choices:
             common["choices"] = self.choices
@@ -82,7 +82,7 @@ class Option:
         if self.many:
             common["nargs"] = "+"
         metavar = {} if self.choices else {"metavar": _METAVARS[self.kind]}
-        parser.add_argument(flag, required=self.required, **metavar, **common)
+        parser.add_argument(*flags, required=self.required, **metavar, **common)
 
 
 _NOUNS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -70,7 +70,9 @@ class PrunePass(Pass):
         """
 
     @abstractmethod
-    def decide(self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress) -> Iterator[Decision]:
+    def decide(
+        self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress
+    ) -> Iterator[Decision]:
         """
         Yields decisions; each is carried out on `model` before the next is asked for.
 

@@ -112,12 +112,16 @@ def _register(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
         implemented = [caller.name for caller in manager.get_hookcallers(plugin) or ()]
         strange = [hook for hook in implemented if hook not in HOOKS]
         if strange:
-            raise PluginError(f"The plugin {name} has a hook that does not exist. {unknown('hook', strange[0], HOOKS, 'Hooks')}")
+            raise PluginError(
+                f"The plugin {name} has a hook that does not exist. {unknown('hook', strange[0], HOOKS, 'Hooks')}"
+            )
     except pluggy.PluginValidationError as error:
         reason = str(error).strip().split("\n")[-1]
         raise PluginError(f"The plugin {name} has a hook with wrong arguments: {reason}") from error
     if not implemented:
-        raise PluginError(f"The plugin {name} has no hook. Mark its functions with @hookimpl; hooks: {', '.join(HOOKS)}.")
+        raise PluginError(
+            f"The plugin {name} has no hook. Mark its functions with @hookimpl; hooks: {', '.join(HOOKS)}."
+        )
 
 
 def _collect(manager: pluggy.PluginManager, providers: Mapping[str, Provider]) -> Plugins:

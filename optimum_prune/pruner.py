@@ -86,10 +86,14 @@ class Pruner:
         texts = None
         if isinstance(calibration, Calibration):
             if evaluation is not None and not isinstance(evaluation, Calibration):
-                raise RecipeError("The calibration is given as windows and the evaluation as a text. Give both as windows.")
+                raise RecipeError(
+                    "The calibration is given as windows and the evaluation as a text. Give both as windows."
+                )
             texts = Texts(calibration, evaluation)
         elif isinstance(evaluation, Calibration):
-            raise RecipeError("The evaluation is given as windows and the calibration as a text. Give both as windows.")
+            raise RecipeError(
+                "The evaluation is given as windows and the calibration as a text. Give both as windows."
+            )
         recipe = Recipe(
             passes=passes,
             calibration=Text() if isinstance(calibration, Calibration) else _text(calibration),

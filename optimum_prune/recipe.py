@@ -25,7 +25,9 @@ class Settings:
     model: str | None = option("A folder, a Hub id, or a .gguf file.", None)
     seed: int = option("Seed of every random choice.", 0)
     dtype: DType = option("Data type to load and save the model in; auto is the checkpoint's own.", "auto")
-    device: str = option("Where to compute: cpu, cuda, cuda:1, mps, xpu; auto is an accelerator if there is one.", "auto")
+    device: str = option(
+        "Where to compute: cpu, cuda, cuda:1, mps, xpu; auto is an accelerator if there is one.", "auto"
+    )
     trust_remote_code: bool = option("Run modelling code that comes with the checkpoint.", False)
 
 
@@ -75,7 +77,9 @@ class Recipe:
             raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}. Name a YAML file.") from error
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             reason = " ".join(str(error).split())
-            raise RecipeError(f"The recipe {path} is not plain YAML: {reason}. Mend it; tags are not allowed.") from error
+            raise RecipeError(
+                f"The recipe {path} is not plain YAML: {reason}. Mend it; tags are not allowed."
+            ) from error
         return cls.from_dict(plain, plugins)
 
     @classmethod
@@ -89,7 +93,9 @@ class Recipe:
         """
         if not isinstance(plain, Mapping):
             raise RecipeError(
-                "A recipe is a mapping with a list of 'passes'. This one is " + (type(plain).__name__ if plain else "empty") + "."
+                "A recipe is a mapping with a list of 'passes'. This one is "
+                + (type(plain).__name__ if plain else "empty")
+                + "."
             )
         sections = ("passes", "calibration", "evaluation")
         names = [field.name for field in dataclasses.fields(Settings)]
@@ -125,6 +131,8 @@ def _pass(step: object, plugins: Plugins) -> Pass:
     if isinstance(step, str):
         step = {step: {}}
     if not isinstance(step, Mapping) or len(step) != 1:
-        raise RecipeError(f"A pass is written as `- name` or `- name: {{option: value}}`, and this is neither: {step!r}.")
+        raise RecipeError(
+            f"A pass is written as `- name` or `- name: {{option: value}}`, and this is neither: {step!r}."
+        )
     ((name, options),) = step.items()
     return build(plugins.pass_named(str(name)), options, f"pass '{name}'")

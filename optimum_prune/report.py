@@ -77,7 +77,9 @@ class Report:
         if self.perplexity is not None:
             before, after = self.perplexity.before, self.perplexity.after
             rows.append(_row("Perplexity", Change(before.value, after.value), lambda x: f"{x:,.2f}"))
-            seconds = Change(*(measured.windows * measured.length / measured.tokens_per_second for measured in (before, after)))
+            seconds = Change(
+                *(measured.windows * measured.length / measured.tokens_per_second for measured in (before, after))
+            )
             rows.append(_row("Seconds to evaluate", seconds, lambda x: f"{x:,.1f}"))
         return rows
 
@@ -87,7 +89,8 @@ class Report:
 
     def _notes(self) -> list[str]:
         notes = [
-            f"{outcome.name}: {outcome.seconds:,.1f} s, peak memory {outcome.peak_memory / 1e9:,.2f} GB" for outcome in self.passes
+            f"{outcome.name}: {outcome.seconds:,.1f} s, peak memory {outcome.peak_memory / 1e9:,.2f} GB"
+            for outcome in self.passes
         ]
         if self.perplexity is not None:
             notes.append(f"Perplexity on {describe(self.perplexity.after)}")
@@ -162,7 +165,10 @@ def aligned(rows: Sequence[Sequence[str]], right: bool = False) -> str:
     """Rows as columns for a terminal; the columns after the first to the right if they are figures."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     sides = ["<", *(">" if right else "<" for _ in widths[1:])]
-    lines = ["  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)) for row in rows]
+    lines = [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
+        for row in rows
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 

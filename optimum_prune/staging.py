@@ -51,7 +51,9 @@ def staged(output: Path, overwrite: bool, source: str | None = None) -> Iterator
         _move_into_place(staging.result, output, root)
     except OSError as error:
         if error.errno in CANNOT_WRITE:
-            raise OutputError(f"The output {output} cannot be written: {error.strerror}. Name an --output elsewhere.") from error
+            raise OutputError(
+                f"The output {output} cannot be written: {error.strerror}. Name an --output elsewhere."
+            ) from error
         raise
     finally:
         shutil.rmtree(root, ignore_errors=True)
@@ -68,13 +70,21 @@ def check_output(output: Path, overwrite: bool, source: str | None = None) -> No
     if not os.path.lexists(output):
         return
     if not overwrite:
-        raise OutputError(f"The output {output} exists already. Name another --output, or replace it with --overwrite.")
+        raise OutputError(
+            f"The output {output} exists already. Name another --output, or replace it with --overwrite."
+        )
     if source is not None and Path(source).exists():
         model = Path(source).resolve()
         if output.resolve() == model or output.resolve() in model.parents:
             raise OutputError(f"The output {output} holds the model that is to be compressed. Name another --output.")
-    if output.is_symlink() or not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
-        raise OutputError(f"The output {output} is no folder with a model, so it is not overwritten. Name another --output.")
+    if (
+        output.is_symlink()
+        or not output.is_dir()
+        or (any(output.iterdir()) and not (output / "config.json").is_file())
+    ):
+        raise OutputError(
+            f"The output {output} is no folder with a model, so it is not overwritten. Name another --output."
+        )
 
 
 def _remove_abandoned(output: Path) -> None:

@@ -29,7 +29,9 @@ def carry_out(model: PreTrainedModel, family: Family, decision: Decision) -> Non
     layers = family.layers_of(model)
     for index, kept in decision.cuts.channels.items():
         if not 0 <= index < len(layers):
-            raise SurgeryError(f"Channels of layer {index} are to be cut, but the model has layers 0 to {len(layers) - 1}.")
+            raise SurgeryError(
+                f"Channels of layer {index} are to be cut, but the model has layers 0 to {len(layers) - 1}."
+            )
         keep_channels(layers[index], family, kept)
     assign(model, decision.weights)
     if decision.cuts.layers is not None:
@@ -88,7 +90,7 @@ def keep_layers(model: PreTrainedModel, family: Family, kept: Sequence[int]) -> 
     for position, layer in enumerate(survivors):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = position
+                setattr(module, "layer_idx", position)  # noqa: B010 - a plain attribute, not a submodule
     _keep_layers_in_config(family.text_config(model.config), family, kept)
 
 

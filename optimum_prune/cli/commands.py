@@ -35,7 +35,9 @@ def run(arguments: argparse.Namespace, plugins: Plugins) -> None:
 
 def _compress(recipe: Recipe, arguments: argparse.Namespace) -> None:
     progress = Progress.for_terminal(arguments.quiet)
-    report = compress(overridden(recipe, arguments), arguments.output, overwrite=arguments.overwrite, progress=progress)
+    report = compress(
+        overridden(recipe, arguments), arguments.output, overwrite=arguments.overwrite, progress=progress
+    )
     if not arguments.quiet:
         print(report.table())
         print(f"Saved to {arguments.output}")
@@ -59,7 +61,14 @@ def plan(arguments: argparse.Namespace, plugins: Plugins) -> None:
         model = meta_model(reshaped(opened.config, family, shape), recipe.settings.trust_remote_code)
         count, itemsize = parameters(model)["total"], checkpoint.item_size(opened.config, recipe.settings.dtype)
         rows.append(
-            (name, stage, str(shape.layers), str(shape.width), f"{count / 1e6:,.1f} M", f"{count * itemsize / 1e6:,.1f} MB")
+            (
+                name,
+                stage,
+                str(shape.layers),
+                str(shape.width),
+                f"{count / 1e6:,.1f} M",
+                f"{count * itemsize / 1e6:,.1f} MB",
+            )
         )
     if not arguments.quiet:
         print(aligned(rows, right=True))
@@ -74,7 +83,9 @@ def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:
     if text.samples == 0:
         raise RecipeError("0 windows are asked for, so there is nothing to evaluate. Ask for at least 1.")
     assert subject.tokenizer is not None
-    windows = evaluation_windows(text, subject.tokenizer, plugins.sources, length_limit(subject.config.get_text_config()))
+    windows = evaluation_windows(
+        text, subject.tokenizer, plugins.sources, length_limit(subject.config.get_text_config())
+    )
     model = subject.load()
     measured = perplexity(model, windows, progress)
     count = parameters(model)
@@ -105,7 +116,13 @@ def passes(arguments: argparse.Namespace, plugins: Plugins) -> None:
     for name, step in sorted(plugins.passes.items(), key=lambda item: (item[1].stage, item[0])):
         provider = plugins.providers[name]
         rows.append(
-            (name, step.stage.name, f"{provider.distribution} {provider.version}", ", ".join(step.missing()), step.summary())
+            (
+                name,
+                step.stage.name,
+                f"{provider.distribution} {provider.version}",
+                ", ".join(step.missing()),
+                step.summary(),
+            )
         )
     print(aligned(rows))
 

@@ -24,7 +24,9 @@ SETTINGS = [field.name for field in dataclasses.fields(Settings)]
 def add_output(parser: argparse.ArgumentParser) -> None:
     """`--output` and `--overwrite`."""
     group = parser.add_argument_group("output")
-    group.add_argument("--output", required=True, metavar="FOLDER", help="Folder for the compressed model and its report.")
+    group.add_argument(
+        "--output", required=True, metavar="FOLDER", help="Folder for the compressed model and its report."
+    )
     group.add_argument("--overwrite", action="store_true", help="Replace the output folder if it exists.")
 
 
@@ -51,10 +53,7 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     texts = parser.add_argument_group("text")
     options = options_of(Text)
     for name in CALIBRATION.values():
-        metavar = {int: "N", str: "NAME"}[options[name].kind]
-        flags = [f"--{name}", *(["--eval-" + name] if f"eval_{name}" in EVALUATION else [])]
-        kind = {"type": int} if options[name].kind is int else {}
-        texts.add_argument(*flags, dest=name, metavar=metavar, default=argparse.SUPPRESS, help=options[name].help, **kind)
+        options[name].add_flag(texts, *([f"--eval-{name}"] if f"eval_{name}" in EVALUATION else []))
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
     _add_quiet(parser)
 

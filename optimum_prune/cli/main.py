@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from optimum_prune.cli import commands
 from optimum_prune.cli.flags import add_common, add_evaluation, add_output
-from optimum_prune.errors import OptimumPruneError, unknown
+from optimum_prune.errors import OptimumPruneError
 from optimum_prune.options import options_of
 from optimum_prune.passes import PrunePass
 from optimum_prune.plugins import Plugins, load
@@ -70,20 +70,6 @@ def _add_prune(parser: argparse.ArgumentParser, plugins: Plugins) -> None:
         add_output(method)
         add_common(method, model_required=True)
         method.set_defaults(run=commands.prune, pass_class=step)
-    methods.choices = _Known(methods.choices or {}, "method")
-
-
-class _Known(dict[str, argparse.ArgumentParser]):
-    """The choices of a subcommand; a miss names the nearest."""
-
-    def __init__(self, choices: dict[str, argparse.ArgumentParser], kind: str) -> None:
-        super().__init__(choices)
-        self.kind = kind
-
-    def __contains__(self, name: object) -> bool:
-        if not super().__contains__(name):
-            raise OptimumPruneError(unknown(self.kind, str(name), self, "Installed"))
-        return True
 
 
 def _add_compress(parser: argparse.ArgumentParser) -> None:

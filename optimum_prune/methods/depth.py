@@ -50,18 +50,24 @@ class Depth(PrunePass):
         if self.layers is not None and self.layers < 1:
             raise RecipeError(f"depth is asked to leave out {self.layers} layers. Ask for at least 1.")
         if self.drop is not None and (not self.drop or len(set(self.drop)) < len(self.drop)):
-            raise RecipeError(f"depth is asked to drop the layers {list(self.drop)}. Name each layer once, and at least one.")
+            raise RecipeError(
+                f"depth is asked to drop the layers {list(self.drop)}. Name each layer once, and at least one."
+            )
 
     def foresee(self, shape: Shape) -> Shape:
         if self.drop is not None and not all(0 <= index < shape.layers for index in self.drop):
-            raise RecipeError(f"depth is asked to drop the layers {list(self.drop)}, but there are only 0 to {shape.layers - 1}.")
+            raise RecipeError(
+                f"depth is asked to drop the layers {list(self.drop)}, but there are only 0 to {shape.layers - 1}."
+            )
         gone = self.layers if self.drop is None else len(self.drop)
         assert gone is not None
         if gone >= shape.layers:
             raise RecipeError(f"depth is asked to leave out {gone} layers of {shape.layers}. Leave at least one in.")
         return Shape(shape.layers - gone, shape.width)
 
-    def decide(self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress) -> Iterator[Decision]:
+    def decide(
+        self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress
+    ) -> Iterator[Decision]:
         count = len(family.layers_of(model))
         if self.drop is not None:
             yield Decision(Cuts(layers=_without(count, self.drop)), evidence={"dropped": sorted(self.drop)})
@@ -127,7 +133,9 @@ def _batch_losses(
 def _loss(model: PreTrainedModel, family: Family, batch: Batch, hidden: Float[Tensor, "w t h"]) -> Float[Tensor, ""]:
     """The summed loss for hidden states behind the last layer; one window at a time, since logits are large."""
     windows = batch.split(hidden)
-    losses = [next_token_losses(layerwise.logits(model, family, one, part), one.tokens, one.mask) for one, part in windows]
+    losses = [
+        next_token_losses(layerwise.logits(model, family, one, part), one.tokens, one.mask) for one, part in windows
+    ]
     return torch.cat(losses).sum().cpu()
 
 

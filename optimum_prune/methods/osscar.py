@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # documented, but not declared public
 
 from optimum_prune import layerwise
 from optimum_prune.anatomy import Shape
@@ -79,10 +80,14 @@ class Osscar(PrunePass):
         kept = round(width * (1 - self.ratio) / multiple) * multiple
         kept = min(max(kept, multiple), (width - 1) // multiple * multiple)
         if kept < 1:
-            raise RecipeError(f"osscar is to keep a multiple of {multiple} channels, and fewer than {width}. Lower multiple_of.")
+            raise RecipeError(
+                f"osscar is to keep a multiple of {multiple} channels, and fewer than {width}. Lower multiple_of."
+            )
         return kept
 
-    def decide(self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress) -> Iterator[Decision]:
+    def decide(
+        self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress
+    ) -> Iterator[Decision]:
         output = family.feed_forward.output
         for visit in layerwise.walk(model, family, calibration, progress, "OSSCAR, layer by layer"):
             linear = family.linear(visit.layer, output)
@@ -91,7 +96,7 @@ class Osscar(PrunePass):
             keep = self.kept_width(linear.in_features)
             try:
                 result = eliminate(damped(gram.value, self.damping), linear.weight.detach(), keep, self.step)
-            except torch.linalg.LinAlgError as error:
+            except LinAlgError as error:
                 raise NumericalError(
                     f"The FFN activations of layer {visit.index} are not finite, or too ill-conditioned to solve for. Look for "
                     f"NaN or infinity in the weights, or raise 'damping' above {self.damping}."
@@ -221,7 +226,9 @@ def _eliminate_some(
     return gone, u
 
 
-def refit(gram: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], kept: Tensor) -> tuple[Float[Tensor, "kept out"], float]:
+def refit(
+    gram: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], kept: Tensor
+) -> tuple[Float[Tensor, "kept out"], float]:
     """The weights on `kept` that minimise the loss, `B_S + H_SS^-1 H_SD B_D` with D what is gone; and the loss."""
     alive = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     alive[kept] = True

@@ -13,7 +13,7 @@ import sys
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 
-class _HandedOver(BaseOptimumCLICommand):
+class _HandedOver(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum is not annotated throughout
     """A command whose arguments are parsed by optimum_prune.cli when it runs."""
 
     @staticmethod
@@ -28,10 +28,14 @@ class _HandedOver(BaseOptimumCLICommand):
 
 
 class PruneCommand(_HandedOver):
+    """`optimum-cli prune`."""
+
     COMMAND = CommandInfo(name="prune", help="Prune a language model with one method.")
 
 
 class CompressCommand(_HandedOver):
+    """`optimum-cli compress`."""
+
     COMMAND = CommandInfo(name="compress", help="Run, plan and evaluate compression recipes for language models.")
 
 

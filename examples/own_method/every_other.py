@@ -1,0 +1,51 @@
+"""Leaves out every n-th decoder layer: a method of one's own, whole.
+
+A pass is a frozen dataclass. Its fields are its YAML keys and its command-line flags; what it decides is carried out, saved,
+verified and reported by optimum-prune.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from optimum_prune import Cuts, Decision, OptimumPruneError, PrunePass, Shape, hookimpl, option
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from optimum_prune import Calibration, Family, Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryOther(PrunePass):
+    """Leaves out every n-th decoder layer, whatever it does."""
+
+    name: ClassVar[str] = "every-other"
+    nth: int = option("Leave out the layers n-1, 2n-1, and so on.", 2)
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be done before any model is read."""
+        if self.nth < 2:
+            raise OptimumPruneError(f"every-other has nth {self.nth}, which leaves no layer. Give at least 2.")
+
+    def kept(self, layers: int) -> tuple[int, ...]:
+        """The layers that stay."""
+        return tuple(index for index in range(layers) if (index + 1) % self.nth)
+
+    def foresee(self, shape: Shape) -> Shape:
+        """The shape afterwards, for `compress plan` and for checks."""
+        return Shape(len(self.kept(shape.layers)), shape.width)
+
+    def decide(
+        self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress
+    ) -> Iterator[Decision]:
+        """One decision; optimum-prune cuts."""
+        yield Decision(Cuts(layers=self.kept(len(family.layers_of(model)))), evidence={"nth": self.nth})
+
+
+@hookimpl
+def passes() -> Iterator[type[PrunePass]]:
+    """What this plugin adds."""
+    yield EveryOther

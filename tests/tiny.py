@@ -1,0 +1,180 @@
+"""Tiny random models of every family, a tiny tokenizer, and text without an author."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    SiglipVisionConfig,
+)
+
+from optimum_prune.calibration import Calibration
+
+VOCABULARY = 320
+LAYERS = 6
+WIDTH = 64
+BOS, EOS, PAD = 0, 1, 2
+
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "pad_token_id": PAD,
+}
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+
+
+def _llama(**changes: Any) -> PreTrainedModel:
+    theta = {"rope_type": "default", "rope_theta": 50_000.0}
+    return LlamaForCausalLM(LlamaConfig(**SIZES, rope_parameters=theta, **changes))
+
+
+def _mistral() -> PreTrainedModel:
+    return MistralForCausalLM(MistralConfig(**SIZES, head_dim=8, sliding_window=6))
+
+
+def _qwen2() -> PreTrainedModel:
+    sliding = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2}
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES, tie_word_embeddings=True, **sliding))
+
+
+def _qwen3() -> PreTrainedModel:
+    sliding = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 3}
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=12, **sliding))
+
+
+def _gemma3_text_config() -> Gemma3TextConfig:
+    return Gemma3TextConfig(**SIZES, head_dim=8, query_pre_attn_scalar=8, sliding_window=6, layer_types=MIXED)
+
+
+def _gemma3() -> PreTrainedModel:
+    return Gemma3ForCausalLM(_gemma3_text_config())
+
+
+def _gemma3_vision() -> PreTrainedModel:
+    vision = SiglipVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    config = Gemma3Config(
+        text_config=_gemma3_text_config().to_dict(),
+        vision_config=vision.to_dict(),
+        mm_tokens_per_image=4,
+        boi_token_index=VOCABULARY - 3,
+        eoi_token_index=VOCABULARY - 2,
+        image_token_index=VOCABULARY - 1,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return Gemma3ForConditionalGeneration(config)
+
+
+def _opt(**changes: Any) -> PreTrainedModel:
+    sizes = {k: v for k, v in SIZES.items() if k not in ("intermediate_size", "num_key_value_heads")}
+    return OPTForCausalLM(OPTConfig(**sizes, **{"ffn_dim": WIDTH, "word_embed_proj_dim": 32, **changes}))
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": partial(_llama, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
+    "llama-tied": partial(_llama, tie_word_embeddings=True),
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "gemma3": _gemma3,
+    "gemma3-vision": _gemma3_vision,
+    "opt": _opt,
+    "opt-post-norm": partial(_opt, do_layer_norm_before=False, word_embed_proj_dim=16),
+}
+TIED = ("llama-tied", "qwen2", "gemma3", "gemma3-vision", "opt", "opt-post-norm")
+
+
+def model(family: str, seed: int = 0) -> PreTrainedModel:
+    """A model whose layers all matter: large weights, no bias or norm at its initial value."""
+    built = FAMILIES[family]().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1:
+                parameter.copy_(0.2 * noise)
+            else:
+                parameter.add_(0.2 * noise)
+    return built
+
+
+def text(words: int = 4000, seed: int = 0) -> str:
+    """Sentences of invented words, the frequent ones short, each seed with words of its own."""
+    rng = random.Random(seed)
+    syllables = [a + b for a in "bdfgklmnprstvw" for b in ("a", "e", "i", "o", "u", "an", "er", "is", "ou")]
+    lexicon = ["".join(rng.choices(syllables, k=1 + rank // 60)) for rank in range(240)]
+    weights = [1 / (rank + 2) for rank in range(len(lexicon))]
+    sentences = []
+    while words > 0:
+        length = rng.randint(4, 14)
+        sentence = " ".join(rng.choices(lexicon, weights, k=length))
+        sentences.append(sentence.capitalize() + rng.choice(".....?!"))
+        words -= length
+    return " ".join(sentences)
+
+
+def tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that puts a beginning-of-sequence token in front of a text, or does not."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - 4,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator([text(500)], trainer)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def windows(count: int = 5, length: int = 24, seed: int = 0, padded: bool = False) -> Calibration:
+    """Random tokens; `padded` gives some windows padding at their end."""
+    tokens = torch.randint(3, VOCABULARY - 4, (count, length), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    if padded:
+        for row in range(0, count, 2):
+            mask[row, length - 3 * (row + 1) % length :] = False
+        tokens[~mask] = PAD
+    return Calibration(tokens, mask, "random tokens")
+
+
+def save(family: str, folder: Path, *, bos: bool = True, seed: int = 0, **saving: Any) -> Path:
+    """A whole checkpoint: weights, config and tokenizer."""
+    model(family, seed).save_pretrained(folder, **saving)
+    tokenizer(bos).save_pretrained(folder)
+    return folder
