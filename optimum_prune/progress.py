@@ -35,7 +35,7 @@ class Progress:
             yield
             return
         import datasets
-        import huggingface_hub.utils.tqdm as hub
+        import huggingface_hub.utils as hub
         from transformers.utils import logging as transformers_logging
 
         with ExitStack() as stack:

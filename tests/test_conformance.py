@@ -50,7 +50,7 @@ def test_channels_that_are_cut_are_channels_that_are_masked(name, subject):
     dense, family = subject
     windows = tiny.windows(3)
     generator = torch.Generator().manual_seed(0)
-    for width in (1, 13, tiny.WIDTH - 1):
+    for width in (8, 29, tiny.WIDTH - 1):
         kept = {
             index: tuple(torch.randperm(tiny.WIDTH, generator=generator)[:width].sort().values.tolist())
             for index in range(tiny.LAYERS)
