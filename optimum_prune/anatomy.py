@@ -39,8 +39,7 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class Family:
-    """
-    An architecture: dotted paths into the model, and the config fields that describe them.
+    """An architecture: dotted paths into the model, and the config fields that describe them.
 
     The defaults are Llama's. To support another architecture, yield one of these from a plugin's `families` hook.
     """
@@ -70,8 +69,7 @@ class Family:
         return Shape(getattr(text, self.depth), getattr(text, self.feed_forward.width))
 
     def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
-        """
-        The decoder layers of a model.
+        """The decoder layers of a model.
 
         Raises:
             FamilyError: there is no such list in this model.
@@ -79,8 +77,7 @@ class Family:
         return cast(nn.ModuleList, self._find(model, self.layers, nn.ModuleList))
 
     def linear(self, layer: nn.Module, path: str) -> nn.Linear:
-        """
-        The linear module at a path of a decoder layer.
+        """The linear module at a path of a decoder layer.
 
         Raises:
             FamilyError: it is not there, or is not linear.
@@ -105,8 +102,7 @@ class Family:
 
 
 def find_family(config: PreTrainedConfig, families: Iterable[Family]) -> Family:
-    """
-    The family of a config's `model_type`.
+    """The family of a config's `model_type`.
 
     Raises:
         FamilyError: no family knows it; the message holds the plugin that would add it.

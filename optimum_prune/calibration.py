@@ -1,5 +1,4 @@
-"""
-Text to token windows.
+"""Text to token windows.
 
 The documents are joined, tokenized once and cut into windows that do not overlap; each window begins with the
 beginning-of-sequence token exactly where the tokenizer adds one. Windows for calibration are drawn with a seed. Choosing and
@@ -37,8 +36,7 @@ STREAMED_FROM = 1024**3
 
 @dataclass(frozen=True)
 class Source:
-    """
-    A way to get text, added by a plugin's `calibration_sources` hook.
+    """A way to get text, added by a plugin's `calibration_sources` hook.
 
     With `suffixes`, `--text` files that end so are read by it; without, `--dataset NAME:CONFIG:SPLIT` is, where NAME is its name.
     """
@@ -120,8 +118,7 @@ class Calibration:
 
 
 def texts_to_use(calibration: Text, evaluation: Text) -> tuple[Text, Text]:
-    """
-    The texts with the field's default filled in: WikiText-2 raw, train to calibrate on, test to report on.
+    """The texts with the field's default filled in: WikiText-2 raw, train to calibrate on, test to report on.
 
     An evaluation text that still names nothing afterwards means the end of the calibration text.
 
@@ -151,8 +148,7 @@ def draw(
     seed: int,
     limit: int,
 ) -> tuple[Calibration, Calibration | None]:
-    """
-    The windows to calibrate on and the windows to report on; None for the latter if none are asked for.
+    """The windows to calibrate on and the windows to report on; None for the latter if none are asked for.
 
     Args:
         limit: tokens that the model can take at once.

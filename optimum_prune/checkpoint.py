@@ -49,8 +49,7 @@ class Checkpoint:
         return {"gguf_file": self.gguf_file} if self.gguf_file else {"trust_remote_code": self.trust_remote_code}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """
-        Its tokenizer.
+        """Its tokenizer.
 
         Raises:
             CheckpointError: there is none that can be read.
@@ -64,8 +63,7 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
-    """
-    Opens a folder, a Hub id or a `.gguf` file, and reads its config.
+    """Opens a folder, a Hub id or a `.gguf` file, and reads its config.
 
     Raises:
         CheckpointError: it is not there, is no model, or is already quantized.
@@ -87,7 +85,8 @@ def open_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
                 f"The installed transformers does not know the architecture '{plain.get('model_type')}' of {model}. Upgrade transformers, "
                 f"or allow the checkpoint's own code with --trust-remote-code if it brings some."
             ) from error
-        raise CheckpointError(f"{model} cannot be opened as a model: {_reason(error)}") from error
+        where_from = "" if Path(source).is_dir() else f"There is no folder {model}, and from the Hub it cannot be had. "
+        raise CheckpointError(f"{where_from}{model} cannot be opened as a model: {_reason(error)}") from error
     return Checkpoint(model, source, gguf_file, trust_remote_code, config)
 
 
@@ -131,8 +130,7 @@ def _refuse_quantized(config: Mapping[str, Any], model: str) -> None:
 
 
 def load(checkpoint: Checkpoint, dtype: str, device: str, progress: Progress) -> PreTrainedModel:
-    """
-    The model of a checkpoint, in evaluation mode.
+    """The model of a checkpoint, in evaluation mode.
 
     Args:
         dtype: name of a torch dtype, or "auto" for the checkpoint's own.
@@ -207,8 +205,7 @@ def bytes_on_disk(folder: Path) -> int:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, progress: Progress) -> None:
-    """
-    Writes a checkpoint that stock transformers 5 reads, and 4.57 too.
+    """Writes a checkpoint that stock transformers 5 reads, and 4.57 too.
 
     Raises:
         OutputError: it cannot be written, such as on a full disk.
@@ -299,8 +296,7 @@ def _decode(model: PreTrainedModel, tokens: Tensor, decoded: int) -> Iterator[Te
 def verify(
     folder: Path, expected: Probe, dtype: torch.dtype, device: str, trust_remote_code: bool, progress: Progress
 ) -> tuple[PreTrainedModel, Verification]:
-    """
-    Reloads a saved checkpoint with stock transformers and compares its logits with those of the model that was saved.
+    """Reloads a saved checkpoint with stock transformers and compares its logits with those of the model that was saved.
 
     Returns:
         The reloaded model, and how far it is from the saved one.

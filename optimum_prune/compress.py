@@ -75,8 +75,7 @@ def compress(
     hooks: Iterable[object] = (),
     progress: Progress | None = None,
 ) -> Report:
-    """
-    Carries out a recipe and writes the compressed model, its report and its recipe to a folder.
+    """Carries out a recipe and writes the compressed model, its report and its recipe to a folder.
 
     Args:
         recipe: what to do.
@@ -130,8 +129,7 @@ def compress(
 
 
 def open_subject(settings: Settings, progress: Progress) -> Subject:
-    """
-    The model that settings name, opened.
+    """The model that settings name, opened.
 
     Raises:
         RecipeError: they name none.
@@ -145,8 +143,7 @@ def open_subject(settings: Settings, progress: Progress) -> Subject:
 
 
 def device_of(settings: Settings) -> str:
-    """
-    The device to compute on.
+    """The device to compute on.
 
     Raises:
         RecipeError: torch does not know it, or does not see it here.
@@ -165,8 +162,7 @@ def device_of(settings: Settings) -> str:
 
 
 def foresee(steps: Sequence[Pass], shape: Shape) -> list[Shape]:
-    """
-    The shape before the first pass and after each, from the options alone.
+    """The shape before the first pass and after each, from the options alone.
 
     Raises:
         RecipeError: a pass asks for more than a model of its shape has.
@@ -262,8 +258,7 @@ def prune(
     plugins: Plugins,
     progress: Progress,
 ) -> Outcome:
-    """
-    Carries out one pruning pass on a model, in place: each decision is cut before the next is asked for.
+    """Carries out one pruning pass on a model, in place: each decision is cut before the next is asked for.
 
     Raises:
         SurgeryError: the model's shape is not what the pass foresaw.

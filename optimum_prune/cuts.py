@@ -25,8 +25,7 @@ class Cuts:
     """Layer -> its kept FFN channels."""
 
     def merge(self, later: Cuts) -> Cuts:
-        """
-        Both cuts in one, for cuts that one pass made of different parts of the same model.
+        """Both cuts in one, for cuts that one pass made of different parts of the same model.
 
         Raises:
             SurgeryError: both cut the same part.
@@ -67,8 +66,7 @@ class Decision:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """
-    Sorted numbers as ranges.
+    """Sorted numbers as ranges.
 
     >>> ranges([0, 1, 2, 5, 7, 8])
     '0-2,5,7-8'
@@ -79,8 +77,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def indices(text: str) -> Indices:
-    """
-    The inverse of `ranges`.
+    """The inverse of `ranges`.
 
     >>> indices("0-2,5")
     (0, 1, 2, 5)

@@ -47,8 +47,7 @@ class NumericalError(OptimumPruneError):
 
 
 def unknown(kind: str, name: str, known: Iterable[str], noun: str = "Known") -> str:
-    """
-    The sentence for a name that nobody knows, with the nearest name and the list of all.
+    """The sentence for a name that nobody knows, with the nearest name and the list of all.
 
     >>> unknown("pass", "oscar", ["osscar", "depth"], "Installed")
     "No pass is called 'oscar'. Did you mean 'osscar'? Installed: depth, osscar."

@@ -50,8 +50,7 @@ class Perplexity:
 def next_token_losses(
     logits: Float[Tensor, "w t v"], tokens: Int[Tensor, "w t"], mask: Bool[Tensor, "w t"]
 ) -> Float[Tensor, " w"]:
-    """
-    Of each window, the summed negative log-likelihood of its tokens after the first, in nats, float64.
+    """Of each window, the summed negative log-likelihood of its tokens after the first, in nats, float64.
 
     The float32 copies that the softmax needs are made for a few tokens at a time.
     """
@@ -67,8 +66,7 @@ def next_token_losses(
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Calibration, progress: Progress) -> Perplexity:
-    """
-    The perplexity of a model on windows.
+    """The perplexity of a model on windows.
 
     Raises:
         NumericalError: the model's logits are not finite.

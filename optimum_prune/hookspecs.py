@@ -38,8 +38,7 @@ def calibration_sources() -> Iterable[Source]:  # type: ignore[empty-body]
 
 @hookspec
 def before_pass(step: Pass, model: PreTrainedModel | None) -> None:
-    """
-    Called before a pass starts; an exception raised here vetoes the run.
+    """Called before a pass starts; an exception raised here vetoes the run.
 
     `model` is the live model for a pass that works in place, and None for one that works from folder to folder.
     """

@@ -1,5 +1,4 @@
-"""
-The one traversal: a model run layer by layer over calibration windows.
+"""The one traversal: a model run layer by layer over calibration windows.
 
 The model's own code prepares embeddings, masks and rotary tables before the layers and computes the head behind them, with
 stand-ins in place of the decoder layers. Nothing here knows an architecture, and each layer gets the very arguments that
@@ -55,8 +54,7 @@ class Batch:
 
 
 class _StandIn(nn.Module):
-    """
-    Takes a decoder layer's place: hears how it is called, and puts out what it is told to.
+    """Takes a decoder layer's place: hears how it is called, and puts out what it is told to.
 
     Attributes that the model reads from its layers (an attention type, say) are the layer's own.
     """
@@ -169,8 +167,7 @@ class Visit:
 def walk(
     model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress, description: str
 ) -> Iterator[Visit]:
-    """
-    Visits the decoder layers in order.
+    """Visits the decoder layers in order.
 
     When the next visit is asked for, the stream passes through the layer just visited **as it is by then**: whoever cuts it
     in between hands the pruned stream to the layers behind.

@@ -13,8 +13,7 @@ import torch
 
 
 class Meter:
-    """
-    A `with` block that knows how many `seconds` it has taken so far and, afterwards, its `peak_memory` in bytes.
+    """A `with` block that knows how many `seconds` it has taken so far and, afterwards, its `peak_memory` in bytes.
 
     The peak is the largest resident memory of the process within the block where the system can restart that count
     (Linux), else since the process began; plus what was allocated on an accelerator, if there is one.

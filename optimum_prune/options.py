@@ -1,5 +1,4 @@
-"""
-Options: the fields of a frozen dataclass are the YAML keys and the command-line flags, written once.
+"""Options: the fields of a frozen dataclass are the YAML keys and the command-line flags, written once.
 
 The types understood are bool, int, float, str, `Literal[...]`, `tuple[int, ...]`, `tuple[str, ...]`, and each of these or None.
 """
@@ -38,8 +37,7 @@ class Option:
     help: str
 
     def parse(self, value: object, where: str) -> Any:
-        """
-        The value in this option's type.
+        """The value in this option's type.
 
         Raises:
             RecipeError: the value is of another type, or none of the choices.
@@ -127,8 +125,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> Option:
 
 
 def build(cls: type[T], values: object, where: str) -> T:
-    """
-    An instance of a dataclass from plain values, each checked.
+    """An instance of a dataclass from plain values, each checked.
 
     Raises:
         RecipeError: an unknown name (with the nearest one), a missing one, or a value of the wrong type.

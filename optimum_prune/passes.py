@@ -31,8 +31,7 @@ class Stage(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Pass(ABC):
-    """
-    One step. Its dataclass fields, made with `option()`, are its YAML keys and its command-line flags.
+    """One step. Its dataclass fields, made with `option()`, are its YAML keys and its command-line flags.
 
     The first line of a pass's docstring is its summary in listings. Impossible option values raise `RecipeError` in
     `__post_init__`.
@@ -62,8 +61,7 @@ class PrunePass(Pass):
 
     @abstractmethod
     def foresee(self, shape: Shape) -> Shape:
-        """
-        The shape that the model will have afterwards, from the shape before; reads no weight.
+        """The shape that the model will have afterwards, from the shape before; reads no weight.
 
         Raises:
             RecipeError: the options ask for more than a model of this shape has.
@@ -73,8 +71,7 @@ class PrunePass(Pass):
     def decide(
         self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress
     ) -> Iterator[Decision]:
-        """
-        Yields decisions; each is carried out on `model` before the next is asked for.
+        """Yields decisions; each is carried out on `model` before the next is asked for.
 
         A pass that looks at one layer at a time can therefore yield a decision for a layer and go on with the stream of
         the model as it is after that cut. The pass itself changes nothing.
@@ -86,8 +83,7 @@ class FolderPass(Pass):
 
     @abstractmethod
     def convert(self, source: Path, target: Path, calibration: Calibration, progress: Progress) -> Mapping[str, Any]:
-        """
-        Reads the checkpoint in `source`, fills the empty folder `target`, and returns evidence for the report.
+        """Reads the checkpoint in `source`, fills the empty folder `target`, and returns evidence for the report.
 
         What a QUANTIZE pass writes is the checkpoint from there on; what an EXPORT pass writes lies beside it, in a
         folder with the pass's name.

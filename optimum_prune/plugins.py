@@ -1,5 +1,4 @@
-"""
-Finds plugins, looks names up, and explains a miss or a clash.
+"""Finds plugins, looks names up, and explains a miss or a clash.
 
 Built-in methods and families come in through the same hooks as a stranger's: each module of the folders `methods` and
 `families` is registered as a plugin, then each entry point of the group `optimum_prune` of what is installed.
@@ -51,8 +50,7 @@ class Plugins:
     manager: pluggy.PluginManager
 
     def pass_named(self, name: str) -> type[Pass]:
-        """
-        The pass of a name.
+        """The pass of a name.
 
         Raises:
             PluginError: no such pass; the nearest name and all names are in the message.
@@ -63,8 +61,7 @@ class Plugins:
 
 
 def load(hooks: Iterable[object] = ()) -> Plugins:
-    """
-    All plugins of this environment, and these further hook objects, such as a tracker of the library's user.
+    """All plugins of this environment, and these further hook objects, such as a tracker of the library's user.
 
     Raises:
         PluginError: a plugin that fails to import, has a hook that does not exist or none at all, or offers a name that is

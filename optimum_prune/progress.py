@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -36,6 +37,7 @@ class Progress:
             return
         import datasets
         import huggingface_hub.utils as hub
+        from transformers import modeling_gguf_pytorch_utils
         from transformers.utils import logging as transformers_logging
 
         with ExitStack() as stack:
@@ -48,4 +50,7 @@ class Progress:
             if hub.are_progress_bars_disabled() is False:
                 hub.disable_progress_bars()
                 stack.callback(hub.enable_progress_bars)
+            # The bar of the .gguf reader has no switch of its own.
+            stack.callback(setattr, modeling_gguf_pytorch_utils, "tqdm", modeling_gguf_pytorch_utils.tqdm)
+            modeling_gguf_pytorch_utils.tqdm = partial(modeling_gguf_pytorch_utils.tqdm, disable=True)
             yield

@@ -36,8 +36,7 @@ class Pruner:
         seed: int = 0,
         trust_remote_code: bool = False,
     ) -> Pruner:
-        """
-        A pruner for a folder, a Hub id, a `.gguf` file or a model in memory.
+        """A pruner for a folder, a Hub id, a `.gguf` file or a model in memory.
 
         A model in memory is pruned in place, where it is and as it is; its tokenizer is needed to read a text and to be saved
         with it, and found by the model's name if not given.
@@ -66,8 +65,7 @@ class Pruner:
         hooks: Iterable[object] = (),
         progress: Progress | None = None,
     ) -> Path:
-        """
-        Carries out passes and saves the model with its report.
+        """Carries out passes and saves the model with its report.
 
         Args:
             calibration: what to choose by: windows of tokens, a text, or the name of a text file; WikiText-2 if not given.

@@ -33,8 +33,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """
-    Passes in order, on what model, by which text.
+    """Passes in order, on what model, by which text.
 
     Raises:
         RecipeError: no pass, stages out of order, a pass whose libraries are missing, or one text for both uses.
@@ -65,8 +64,7 @@ class Recipe:
 
     @classmethod
     def from_yaml(cls, path: str | Path, plugins: Plugins) -> Recipe:
-        """
-        The recipe in a YAML file.
+        """The recipe in a YAML file.
 
         Raises:
             RecipeError: the file cannot be read, is not YAML, or constructs objects; what `from_dict` raises.
@@ -84,8 +82,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, plain: object, plugins: Plugins) -> Recipe:
-        """
-        The recipe in plain data: the passes, calibration and evaluation, and the settings at the top level.
+        """The recipe in plain data: the passes, calibration and evaluation, and the settings at the top level.
 
         Raises:
             RecipeError: a key, option or value that is not known or not right.

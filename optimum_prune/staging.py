@@ -28,8 +28,7 @@ class Staging:
 
 @contextmanager
 def staged(output: Path, overwrite: bool, source: str | None = None) -> Iterator[Staging]:
-    """
-    A hidden folder beside `output`, whose `result` is moved into place when the block ends without an error.
+    """A hidden folder beside `output`, whose `result` is moved into place when the block ends without an error.
 
     What an earlier run that was killed left there is removed.
 
@@ -60,8 +59,7 @@ def staged(output: Path, overwrite: bool, source: str | None = None) -> Iterator
 
 
 def check_output(output: Path, overwrite: bool, source: str | None = None) -> None:
-    """
-    Refuses an output folder that must not be written.
+    """Refuses an output folder that must not be written.
 
     Raises:
         OutputError: it exists without `overwrite`, is no folder that we may replace, or touches the model's own folder.

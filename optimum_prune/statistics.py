@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 
 class Gram:
-    """
-    `X'X` of the activations at one place, summed over tokens, in float32 whatever the dtype of the activations.
+    """`X'X` of the activations at one place, summed over tokens, in float32 whatever the dtype of the activations.
 
     Products of two bfloat16 or float16 values are exact in float32, so only the sum is rounded.
     """

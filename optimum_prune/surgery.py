@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 
 def carry_out(model: PreTrainedModel, family: Family, decision: Decision) -> None:
-    """
-    Cuts a model in place as decided: channels, then new weights, then layers.
+    """Cuts a model in place as decided: channels, then new weights, then layers.
 
     The config's width is left to `settle_width`, since a pass may decide one layer at a time.
 
@@ -61,8 +60,7 @@ def _replace(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def assign(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """
-    Gives parameters new values of the same shape; dtype and device stay those of the model.
+    """Gives parameters new values of the same shape; dtype and device stay those of the model.
 
     Raises:
         SurgeryError: no such parameter, another shape, or a value that is not finite.
@@ -113,8 +111,7 @@ def _keep_layers_in_config(config: PreTrainedConfig, family: Family, kept: Seque
 
 
 def settle_width(model: PreTrainedModel, family: Family) -> None:
-    """
-    Makes the config say the FFN width that the layers have.
+    """Makes the config say the FFN width that the layers have.
 
     Raises:
         SurgeryError: the layers have different widths, which a stock config cannot say.

@@ -1,5 +1,4 @@
-"""
-Depth pruning: leave out whole decoder layers.
+"""Depth pruning: leave out whole decoder layers.
 
 Of all windows of n consecutive layers, the one whose removal costs the least perplexity on the calibration windows goes.
 All candidates are measured on the dense model's weights; nothing is retrained.
@@ -93,8 +92,7 @@ def _without(count: int, gone: Sequence[int]) -> tuple[int, ...]:
 def window_losses(
     model: PreTrainedModel, family: Family, calibration: Calibration, size: int, progress: Progress
 ) -> Float[Tensor, " candidates+1"]:
-    """
-    Mean loss in nats of the dense model (entry 0), then without the window of `size` layers that starts at 0, 1, ...
+    """Mean loss in nats of the dense model (entry 0), then without the window of `size` layers that starts at 0, 1, ...
 
     A candidate whose loss is not finite counts as infinitely bad.
 

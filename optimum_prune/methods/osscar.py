@@ -1,5 +1,4 @@
-"""
-OSSCAR: one-shot structured pruning by combinatorial optimization (Meng et al., ICML 2024, arXiv 2403.12983).
+"""OSSCAR: one-shot structured pruning by combinatorial optimization (Meng et al., ICML 2024, arXiv 2403.12983).
 
 Layer by layer, FFN channels are removed so that the FFN's output changes least over the calibration tokens. With `X` the
 inputs of the output projection, `B` its dense weights and `H = X'X + damping * mean(diag X'X) * I`, a set S of channels
@@ -70,8 +69,7 @@ class Osscar(PrunePass):
         return Shape(shape.layers, self.kept_width(shape.width))
 
     def kept_width(self, width: int) -> int:
-        """
-        Channels kept of `width`: the multiple nearest to what the ratio asks for; never none, never all.
+        """Channels kept of `width`: the multiple nearest to what the ratio asks for; never none, never all.
 
         Raises:
             RecipeError: no multiple lies between none and all.
@@ -138,8 +136,7 @@ def damped(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in
 
 
 def eliminate(gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], keep: int, step: int = 1) -> Elimination:
-    """
-    Greedy backward elimination of input channels down to `keep`, then the exact refit.
+    """Greedy backward elimination of input channels down to `keep`, then the exact refit.
 
     Args:
         gram: H above, symmetric positive definite.
@@ -159,8 +156,7 @@ def eliminate(gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], kee
 
 
 def _survivors(inverse: Float[Tensor, "in in"], current: Float[Tensor, "in out"], keep: int, step: int) -> Tensor:
-    """
-    Indices of the channels that greedy elimination leaves, ascending.
+    """Indices of the channels that greedy elimination leaves, ascending.
 
     Up to `PENDING` eliminations are pending at a time; then inverse and weights shrink to what is alive.
     """
@@ -184,8 +180,7 @@ def _survivors(inverse: Float[Tensor, "in in"], current: Float[Tensor, "in out"]
 def _eliminate_some(
     inverse: Float[Tensor, "n n"], products: Float[Tensor, "n n"], count: int, step: int
 ) -> tuple[Tensor, Float[Tensor, "n count"]]:
-    """
-    Eliminates `count` channels by lazy low-rank updates: O(n k) for the k-th.
+    """Eliminates `count` channels by lazy low-rank updates: O(n k) for the k-th.
 
     Only three things are needed of the current inverse and weights: the inverse's diagonal, the squared norms of the weights'
     rows, and, for the channel that goes, one column of the inverse and one of the rows' inner products. With U the scaled

@@ -1,5 +1,4 @@
-"""
-Registers `optimum-cli prune` and `optimum-cli compress`.
+"""Registers `optimum-cli prune` and `optimum-cli compress`.
 
 optimum-cli imports this module at every start, so it imports nothing of ours. Which flags a command has depends on the plugins
 that are installed; both commands therefore take whatever follows as it is, and hand it over when they run.
