@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from optimum_prune.progress import Progress
 
 PROBE_WINDOWS, PROBE_TOKENS, PROBE_DECODED = 2, 32, 8
-ROUNDING = 64
+ROUNDING = 4
 """A reloaded model may differ by this many units in the last place of its largest logit; on most machines it does by none."""
 CACHE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.15}
 """How far logits computed with a cache may be from those without, relative to their spread."""
@@ -85,8 +85,8 @@ def open_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
                 f"The installed transformers does not know the architecture '{plain.get('model_type')}' of {model}. Upgrade transformers, "
                 f"or allow the checkpoint's own code with --trust-remote-code if it brings some."
             ) from error
-        where_from = "" if Path(source).is_dir() else f"There is no folder {model}, and from the Hub it cannot be had. "
-        raise CheckpointError(f"{where_from}{model} cannot be opened as a model: {_reason(error)}") from error
+        kind = "as a model" if Path(source).is_dir() else "from the Hub, and no folder is called so"
+        raise CheckpointError(f"{model} cannot be opened {kind}: {_reason(error)}") from error
     return Checkpoint(model, source, gguf_file, trust_remote_code, config)
 
 

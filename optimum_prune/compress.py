@@ -330,5 +330,5 @@ def _write(folder: Path, recipe: Recipe, report: Report) -> None:
     cuts = [{"pass": outcome.name, **outcome.cuts.to_json()} for outcome in report.passes]
     (aside / "cuts.json").write_text(json.dumps(cuts, indent=2) + "\n", encoding="utf-8")
     (aside / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    (aside / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    (aside / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
     (folder / "README.md").write_text(report.model_card(recipe.to_yaml()), encoding="utf-8")

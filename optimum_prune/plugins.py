@@ -122,7 +122,7 @@ def _register(manager: pluggy.PluginManager, plugin: object, name: str) -> None:
 
 
 def _collect(manager: pluggy.PluginManager, providers: Mapping[str, Provider]) -> Plugins:
-    passes = list(_provided(manager, "passes", lambda item: isinstance(item, type) and issubclass(item, Pass)))
+    passes = list(_provided(manager, "passes", _is_pass))
     families = list(_provided(manager, "families", lambda item: isinstance(item, Family)))
     sources = list(_provided(manager, "calibration_sources", lambda item: isinstance(item, Source)))
     owners = _owners("pass", ((step.name, owner) for step, owner in passes))
@@ -139,15 +139,24 @@ def _collect(manager: pluggy.PluginManager, providers: Mapping[str, Provider]) -
     )
 
 
-def _provided(manager: pluggy.PluginManager, hook: str, right: Callable[[object], bool]) -> Iterator[tuple[Any, str]]:
+def _provided(manager: pluggy.PluginManager, hook: str, right: Callable[[Any], bool]) -> Iterator[tuple[Any, str]]:
     """What each plugin yields from a hook, with the plugin's name."""
     for implementation in getattr(manager.hook, hook).get_hookimpls():
-        for item in implementation.function():
+        name = implementation.plugin_name
+        try:
+            items = list(implementation.function())
+        except Exception as error:
+            raise PluginError(
+                f"The hook '{hook}' of the plugin {name} fails: {type(error).__name__}: {error}. Mend or uninstall it."
+            ) from error
+        for item in items:
             if not right(item):
-                raise PluginError(
-                    f"The hook '{hook}' of the plugin {implementation.plugin_name} yields {item!r}. See its docstring."
-                )
-            yield item, implementation.plugin_name
+                raise PluginError(f"The hook '{hook}' of the plugin {name} yields {item!r}. See its docstring.")
+            yield item, name
+
+
+def _is_pass(item: Any) -> bool:
+    return isinstance(item, type) and issubclass(item, Pass) and isinstance(getattr(item, "name", None), str)
 
 
 def _owners(kind: str, pairs: Iterable[tuple[str, str]]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import yaml
 from optimum_prune.calibration import Text, texts_to_use
 from optimum_prune.errors import RecipeError, unknown
 from optimum_prune.options import as_plain, build, option
-from optimum_prune.passes import Pass
+from optimum_prune.passes import Pass, Stage
 from optimum_prune.plugins import Plugins
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -55,6 +55,11 @@ class Recipe:
                     f"'{later.name}' ({later.stage.name}) comes after '{earlier.name}' ({earlier.stage.name}), and stages only go "
                     f"forward: PRUNE, RECOVER, QUANTIZE, EXPORT. Put '{later.name}' first."
                 )
+        exports = [step.name for step in self.passes if step.stage is Stage.EXPORT]
+        if len(set(exports)) < len(exports):
+            raise RecipeError(
+                f"The recipe exports twice with the same pass: {', '.join(exports)}. Run a recipe for each."
+            )
         for step in self.passes:
             if step.missing():
                 raise RecipeError(

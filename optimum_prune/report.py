@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -66,6 +68,10 @@ class Report:
                 },
             }
         return plain
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON; figures that are not finite are null there."""
+        return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """What a person wants to know: figure, before, after, change."""
@@ -186,6 +192,14 @@ def _pass_to_dict(outcome: Outcome) -> dict[str, Any]:
         "peak_memory": outcome.peak_memory,
         "decisions": [dict(evidence) for evidence in outcome.evidence],
     }
+
+
+def _finite(plain: Any) -> Any:
+    if isinstance(plain, dict):
+        return {key: _finite(value) for key, value in plain.items()}
+    if isinstance(plain, (list, tuple)):
+        return [_finite(value) for value in plain]
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
 def _short_name(model: str) -> str:

@@ -42,11 +42,11 @@ def staged(output: Path, overwrite: bool, source: str | None = None) -> Iterator
     check_output(output, overwrite, source)
     root = output.parent / f".{output.name}.partial-{socket.gethostname()}-{os.getpid()}"
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(output)
-        (root / "model").mkdir(parents=True)
+        _make(root / "model", output)
         staging = Staging(root, root / "model")
         yield staging
+        check_output(output, overwrite, source)  # it may have appeared meanwhile
         _move_into_place(staging.result, output, root)
     except OSError as error:
         if error.errno in CANNOT_WRITE:
@@ -85,10 +85,19 @@ def check_output(output: Path, overwrite: bool, source: str | None = None) -> No
         )
 
 
+def _make(folder: Path, output: Path) -> None:
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(
+            f"The output {output} cannot be written: {error.strerror}. Name an --output elsewhere."
+        ) from error
+
+
 def _remove_abandoned(output: Path) -> None:
     """Removes what runs of this machine that are no more left beside the output."""
     pattern = re.compile(re.escape(f".{output.name}.partial-{socket.gethostname()}-") + r"(\d+)")
-    for folder in output.parent.iterdir():
+    for folder in output.parent.iterdir() if output.parent.is_dir() else ():
         match = pattern.fullmatch(folder.name)
         if match and not _runs(int(match[1])):
             shutil.rmtree(folder, ignore_errors=True)

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from optimum_prune.cli import commands
 from optimum_prune.cli.flags import add_common, add_evaluation, add_output
-from optimum_prune.errors import OptimumPruneError
+from optimum_prune.errors import OptimumPruneError, PluginError, unknown
 from optimum_prune.options import options_of
 from optimum_prune.passes import PrunePass
 from optimum_prune.plugins import Plugins, load
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str], program: str = "optimum-cli") -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         plugins = load()
+        _check_method(arguments, plugins)
         parsed = _parser(program, plugins).parse_args(arguments)
         parsed.run(parsed, plugins)
     except OptimumPruneError as error:
@@ -43,6 +44,18 @@ def main(arguments: Sequence[str], program: str = "optimum-cli") -> int:
         sys.stderr.close()
         return FAILED
     return 0
+
+
+def _check_method(arguments: Sequence[str], plugins: Plugins) -> None:
+    """Refuses a method that nobody provides, naming the nearest, which argparse does not."""
+    methods = [name for name, step in plugins.passes.items() if issubclass(step, PrunePass)]
+    if (
+        arguments[:1] == ["prune"]
+        and arguments[1:]
+        and not arguments[1].startswith("-")
+        and arguments[1] not in methods
+    ):
+        raise PluginError(unknown("method", arguments[1], methods, "Installed"))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -60,7 +60,7 @@ class Osscar(PrunePass):
             raise RecipeError(f"osscar has ratio {self.ratio}. Give the fraction to remove, above 0 and below 1.")
         if self.multiple_of is not None and self.multiple_of < 1:
             raise RecipeError(f"osscar has multiple_of {self.multiple_of}. Give a whole number of at least 1.")
-        if self.damping <= 0:
+        if not 0 < self.damping < torch.inf:
             raise RecipeError(f"osscar has damping {self.damping}. Give a number above 0; 0.01 is usual.")
         if self.step < 1:
             raise RecipeError(f"osscar has step {self.step}. Give a whole number of at least 1.")
@@ -162,8 +162,7 @@ def _survivors(inverse: Float[Tensor, "in in"], current: Float[Tensor, "in out"]
     """
     indices = torch.arange(len(inverse), device=inverse.device)
     while len(indices) > keep:
-        pending = min(PENDING, len(indices) - keep)
-        pending = max(pending // step * step, min(step, pending))  # do not break a step in two
+        pending = min(max(PENDING // step, 1) * step, len(indices) - keep)  # whole steps
         gone, factor = _eliminate_some(inverse, current @ current.T, pending, step)
         # Eliminating `gone` in this order turns inverse into inverse - U U' and current into current - U V, where V solves
         # a triangular system: the rows of U at the eliminated channels.
