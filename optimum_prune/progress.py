@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from shutil import get_terminal_size
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -27,7 +28,10 @@ class Progress:
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """The items, with a bar that counts them."""
-        return iter(tqdm(items, desc=description, total=total, disable=not self.visible, file=sys.stderr, leave=False))
+        size = get_terminal_size()  # a terminal that does not know its size counts as one of 80 by 24
+        hidden = not self.visible
+        bar = tqdm(items, description, total, leave=False, disable=hidden, ncols=size.columns, nrows=size.lines)
+        return iter(bar)
 
     @contextmanager
     def libraries(self) -> Iterator[None]:

@@ -100,9 +100,11 @@ def window_losses(
         NumericalError: every candidate's loss is infinite.
     """
     stream = layerwise.embed(model, family, calibration)
-    total = torch.zeros(len(family.layers_of(model)) - size + 2, dtype=torch.float64)
-    for batch, hidden in progress.track(stream, f"Searching windows of {size} layers"):
-        total += _batch_losses(model, family, batch, hidden, size)
+    layers = len(family.layers_of(model))
+    total = torch.zeros(layers - size + 2, dtype=torch.float64)
+    steps = progress.track(range(len(stream) * (layers + len(total))), f"Searching windows of {size} layers")
+    for batch, hidden in stream:
+        total += _batch_losses(model, family, batch, hidden, size, steps)
     means = (total / calibration.mask[:, 1:].sum()).nan_to_num(nan=torch.inf, posinf=torch.inf)
     if means[1:].isinf().all():
         raise NumericalError(
@@ -113,9 +115,14 @@ def window_losses(
 
 
 def _batch_losses(
-    model: PreTrainedModel, family: Family, batch: Batch, dense: Float[Tensor, "w t h"], size: int
+    model: PreTrainedModel,
+    family: Family,
+    batch: Batch,
+    dense: Float[Tensor, "w t h"],
+    size: int,
+    steps: Iterator[int],
 ) -> Float[Tensor, " candidates+1"]:
-    """Summed losses of the dense model and of every candidate, on one batch."""
+    """Summed losses of the dense model and of every candidate, on one batch; a step for each layer and each of them."""
     layers = family.layers_of(model)
     gaps: dict[int, Tensor] = {}  # a window's start -> hidden states of the model without that window
     for index, layer in enumerate(layers):
@@ -125,7 +132,9 @@ def _batch_losses(
             if start + size <= index:
                 gaps[start] = batch.run(layer, index, gaps[start])
         dense = batch.run(layer, index, dense)
-    return torch.stack([_loss(model, family, batch, hidden) for hidden in (dense, *gaps.values())])
+        next(steps)
+    ends = zip((dense, *gaps.values()), steps)  # noqa: B905 - the steps go on with the next batch
+    return torch.stack([_loss(model, family, batch, hidden) for hidden, _ in ends])
 
 
 def _loss(model: PreTrainedModel, family: Family, batch: Batch, hidden: Float[Tensor, "w t h"]) -> Float[Tensor, ""]:
