@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import TYPE_CHECKING, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from optimum_prune.errors import FamilyError
 
@@ -35,6 +35,48 @@ class FeedForward:
     """The linear module whose input features are the channels."""
     width: str = "intermediate_size"
     """The config field that counts the channels."""
+    parts: int = 1
+    """How many stretches of channels each input puts out, one after the other: 2 where gate and up are fused."""
+    hidden_multiple: int | None = None
+    """Where the config's width may be None: how many times the hidden size it then is."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear module as `y = W x + b`, whether it stores W, as `nn.Linear` does, or W', as GPT-2's `Conv1D` does."""
+
+    module: nn.Module
+    transposed: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """W, with shape (out, in): a view of the module's parameter."""
+        stored = cast(Tensor, self.module.weight).detach()
+        return stored.T if self.transposed else stored
+
+    @property
+    def bias(self) -> Tensor | None:
+        """b, with shape (out,)."""
+        stored = cast("Tensor | None", self.module.bias)
+        return None if stored is None else stored.detach()
+
+    def stored(self, weight: Tensor) -> Tensor:
+        """A weight of shape (out, in) as the module stores it."""
+        return weight.T.contiguous() if self.transposed else weight.contiguous()
+
+    def replace(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Gives the module another weight of shape (out, in), and a bias; the features follow."""
+        self._set("weight", self.stored(weight))
+        if bias is not None:
+            self._set("bias", bias)
+        if isinstance(self.module, nn.Linear):
+            self.module.out_features, self.module.in_features = weight.shape
+        else:
+            self.module.nf, self.module.nx = weight.shape  # type: ignore[assignment]  # plain numbers, not submodules
+
+    def _set(self, name: str, value: Tensor) -> None:
+        old = cast(nn.Parameter, getattr(self.module, name))
+        setattr(self.module, name, nn.Parameter(value, requires_grad=old.requires_grad))
 
 
 @dataclass(frozen=True)
@@ -66,7 +108,10 @@ class Family:
     def shape(self, config: PreTrainedConfig) -> Shape:
         """The shape that a config describes."""
         text = self.text_config(config)
-        return Shape(getattr(text, self.depth), getattr(text, self.feed_forward.width))
+        width = getattr(text, self.feed_forward.width)
+        if width is None and self.feed_forward.hidden_multiple is not None:
+            width = self.feed_forward.hidden_multiple * text.hidden_size
+        return Shape(getattr(text, self.depth), width)
 
     def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
         """The decoder layers of a model.
@@ -74,28 +119,31 @@ class Family:
         Raises:
             FamilyError: there is no such list in this model.
         """
-        return cast(nn.ModuleList, self._find(model, self.layers, nn.ModuleList))
+        return cast(nn.ModuleList, self._find(model, self.layers, (nn.ModuleList,)))
 
-    def linear(self, layer: nn.Module, path: str) -> nn.Linear:
+    def linear(self, layer: nn.Module, path: str) -> Linear:
         """The linear module at a path of a decoder layer.
 
         Raises:
             FamilyError: it is not there, or is not linear.
         """
-        return cast(nn.Linear, self._find(layer, path, nn.Linear))
+        from transformers.pytorch_utils import Conv1D
+
+        module = self._find(layer, path, (nn.Linear, Conv1D))
+        return Linear(module, transposed=isinstance(module, Conv1D))
 
     def width_of(self, layer: nn.Module) -> int:
         """How many FFN channels a decoder layer has now."""
-        return self.linear(layer, self.feed_forward.output).in_features
+        return self.linear(layer, self.feed_forward.output).weight.shape[1]
 
-    def _find(self, root: nn.Module, path: str, kind: type[nn.Module]) -> nn.Module:
+    def _find(self, root: nn.Module, path: str, kinds: tuple[type[nn.Module], ...]) -> nn.Module:
         try:
             found = root.get_submodule(path)
         except AttributeError:
             found = None
-        if not isinstance(found, kind):
+        if not isinstance(found, kinds):
             raise FamilyError(
-                f"Family '{self.name}' expects a {kind.__name__} at '{path}' of {type(root).__name__} and finds "
+                f"Family '{self.name}' expects a {kinds[0].__name__} at '{path}' of {type(root).__name__} and finds "
                 f"{type(found).__name__}. Add a family with the right paths in a plugin, under its own model_type."
             )
         return found

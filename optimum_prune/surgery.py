@@ -39,24 +39,17 @@ def carry_out(model: PreTrainedModel, family: Family, decision: Decision) -> Non
 
 def keep_channels(layer: nn.Module, family: Family, kept: Sequence[int]) -> None:
     """Keeps these FFN channels of a decoder layer, in place."""
-    _check(kept, family.width_of(layer), "channels of the FFN")
+    width = family.width_of(layer)
+    _check(kept, width, "channels of the FFN")
+    channels = torch.tensor(kept)
+    rows = torch.cat([channels + part * width for part in range(family.feed_forward.parts)])
     for path in family.feed_forward.inputs:
-        _keep_features(family.linear(layer, path), kept, outputs=True)
-    _keep_features(family.linear(layer, family.feed_forward.output), kept, outputs=False)
-
-
-def _keep_features(linear: nn.Linear, kept: Sequence[int], *, outputs: bool) -> None:
-    """Keeps output features (rows and bias) or input features (columns) of a linear module, in place."""
-    index = torch.tensor(kept, device=linear.weight.device)
-    _replace(linear, "weight", linear.weight.detach().index_select(0 if outputs else 1, index))
-    if outputs and linear.bias is not None:
-        _replace(linear, "bias", linear.bias.detach().index_select(0, index))
-    linear.out_features, linear.in_features = linear.weight.shape
-
-
-def _replace(module: nn.Module, name: str, value: Tensor) -> None:
-    old = getattr(module, name)
-    setattr(module, name, nn.Parameter(value.to(old), requires_grad=old.requires_grad))
+        linear = family.linear(layer, path)
+        index = rows.to(linear.weight.device)
+        bias = None if linear.bias is None else linear.bias.index_select(0, index)
+        linear.replace(linear.weight.index_select(0, index), bias)
+    output = family.linear(layer, family.feed_forward.output)
+    output.replace(output.weight.index_select(1, channels.to(output.weight.device)), None)
 
 
 def assign(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -41,7 +41,13 @@ def test_layers_that_are_cut_are_layers_that_are_skipped(name, subject, padded):
             model = copy.deepcopy(dense)
             conformance.cut(model, family, Cuts(layers=kept))
             expected = conformance.with_layers_skipped(dense, family, gone, windows)
-            assert_close(conformance.logits(model, windows), expected, rtol=1e-5, atol=1e-5, msg=lambda m: f"without {gone}: {m}")
+            assert_close(
+                conformance.logits(model, windows),
+                expected,
+                rtol=1e-5,
+                atol=1e-5,
+                msg=lambda m, gone=gone: f"without {gone}: {m}",
+            )
             conformance.layers_are_numbered(model, family)
 
 

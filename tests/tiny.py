@@ -49,7 +49,14 @@ SIZES: dict[str, Any] = {
     "eos_token_id": EOS,
     "pad_token_id": PAD,
 }
-MIXED = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+MIXED = [
+    "sliding_attention",
+    "full_attention",
+    "sliding_attention",
+    "sliding_attention",
+    "full_attention",
+    "sliding_attention",
+]
 
 
 def _llama(**changes: Any) -> PreTrainedModel:
@@ -163,12 +170,14 @@ def tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
 
 
 def windows(count: int = 5, length: int = 24, seed: int = 0, padded: bool = False) -> Calibration:
-    """Random tokens; `padded` gives some windows padding at their end."""
+    """Random tokens; `padded` gives every other window padding, in turn at its end and at its beginning."""
     tokens = torch.randint(3, VOCABULARY - 4, (count, length), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(tokens, dtype=torch.bool)
     if padded:
         for row in range(0, count, 2):
-            mask[row, length - 3 * (row + 1) % length :] = False
+            size = 3 * (row + 1) % length
+            mask[row, :size] = False
+            mask[row] = mask[row] if row % 4 else mask[row].flip(0)
         tokens[~mask] = PAD
     return Calibration(tokens, mask, "random tokens")
 

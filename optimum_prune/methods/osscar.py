@@ -89,11 +89,12 @@ class Osscar(PrunePass):
         output = family.feed_forward.output
         for visit in layerwise.walk(model, family, calibration, progress, "OSSCAR, layer by layer"):
             linear = family.linear(visit.layer, output)
-            gram = Gram(linear.in_features, linear.weight.device)
+            width = linear.weight.shape[1]
+            gram = Gram(width, linear.weight.device)
             visit.observe(output, gram.add)
-            keep = self.kept_width(linear.in_features)
+            keep = self.kept_width(width)
             try:
-                result = eliminate(damped(gram.value, self.damping), linear.weight.detach(), keep, self.step)
+                result = eliminate(damped(gram.value, self.damping), linear.weight, keep, self.step)
             except LinAlgError as error:
                 raise NumericalError(
                     f"The FFN activations of layer {visit.index} are not finite, or too ill-conditioned to solve for. Look for "
@@ -101,7 +102,7 @@ class Osscar(PrunePass):
                 ) from error
             yield Decision(
                 cuts=Cuts(channels={visit.index: result.kept}),
-                weights={f"{family.layers}.{visit.index}.{output}.weight": result.weight},
+                weights={f"{family.layers}.{visit.index}.{output}.weight": linear.stored(result.weight)},
                 evidence={"layer": visit.index, "width": keep, "relative_error": result.relative_error},
             )
 

@@ -1,0 +1,13 @@
+"""Gemma 2: layers alternate between a sliding window and full attention; norms before and behind each block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from optimum_prune.anatomy import Family
+from optimum_prune.hookspecs import hookimpl
+
+
+@hookimpl
+def families() -> Iterator[Family]:
+    yield Family(name="gemma2", model_types=("gemma2",), per_layer=("layer_types",))

@@ -1,0 +1,18 @@
+"""GPT-2: biases everywhere, and weights stored transposed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from optimum_prune.anatomy import Family, FeedForward
+from optimum_prune.hookspecs import hookimpl
+
+
+@hookimpl
+def families() -> Iterator[Family]:
+    yield Family(
+        name="gpt2",
+        model_types=("gpt2",),
+        layers="transformer.h",
+        feed_forward=FeedForward(inputs=("mlp.c_fc",), output="mlp.c_proj", width="n_inner", hidden_multiple=4),
+    )

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import conformance
+import pytest
+import tiny
+import torch
+from torch.testing import assert_close
+
+from optimum_prune import Progress, layerwise
+from optimum_prune.anatomy import find_family
+from optimum_prune.errors import FamilyError, NumericalError
+
+every_family = pytest.mark.parametrize("name", tiny.FAMILIES)
+whole_and_padded = pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+
+
+@pytest.fixture
+def subject(name, plugins):
+    model = tiny.model(name)
+    return model, find_family(model.config, plugins.families)
+
+
+def visits(model, family, windows):
+    return layerwise.walk(model, family, windows, Progress(), "")
+
+
+@torch.no_grad()
+def hidden_states_of_the_model(model, family, windows):
+    """What reaches each layer in the model's own forward."""
+    reached = {}
+    for index, layer in enumerate(family.layers_of(model)):
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, index=index: reached.update({index: args[0] if args else kwargs["hidden_states"]}),
+            with_kwargs=True,
+        )
+    conformance.logits(model, windows)
+    for layer in family.layers_of(model):
+        layer._forward_pre_hooks.clear()
+    return reached
+
+
+@every_family
+@whole_and_padded
+def test_walking_reproduces_the_hidden_states_of_every_layer(name, subject, padded):
+    model, family = subject
+    windows = tiny.windows(3, padded=padded)
+    expected = hidden_states_of_the_model(model, family, windows)
+    seen = []
+    for visit in visits(model, family, windows):
+        hidden = torch.cat([hidden for _, hidden in visit.stream])
+        assert_close(hidden[windows.mask], expected[visit.index][windows.mask], rtol=1e-5, atol=1e-5)
+        assert visit.layer is family.layers_of(model)[visit.index]
+        seen.append(visit.index)
+    assert seen == list(range(tiny.LAYERS))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "gemma3", "gemma3-vision", "opt"])
+def test_walking_agrees_with_output_hidden_states(name, subject):
+    model, family = subject
+    windows = tiny.windows(3)
+    with torch.no_grad():
+        expected = model(input_ids=windows.tokens, output_hidden_states=True, use_cache=False).hidden_states
+    for visit in visits(model, family, windows):
+        assert_close(torch.cat([hidden for _, hidden in visit.stream]), expected[visit.index], rtol=1e-5, atol=1e-5)
+
+
+@every_family
+@whole_and_padded
+def test_the_head_on_the_last_hidden_states_gives_the_logits_of_the_model(name, subject, padded):
+    model, family = subject
+    windows = tiny.windows(3, padded=padded)
+    parts = []
+    with torch.no_grad():
+        for batch, hidden in layerwise.embed(model, family, windows):
+            for index, layer in enumerate(family.layers_of(model)):
+                hidden = batch.run(layer, index, hidden)
+            parts.append(layerwise.logits(model, family, batch, hidden))
+            one_by_one = [layerwise.logits(model, family, one, part) for one, part in batch.split(hidden)]
+            assert_close(torch.cat(one_by_one), parts[-1], rtol=1e-5, atol=1e-5)
+    found, expected = torch.cat(parts), conformance.logits(model, windows)
+    assert_close(found[windows.mask], expected[windows.mask], rtol=1e-5, atol=1e-5)
+
+
+@every_family
+def test_the_model_is_whole_again_after_a_walk_even_one_broken_off(name, subject):
+    model, family = subject
+    windows = tiny.windows(2)
+    layers, before = family.layers_of(model), conformance.logits(model, windows)
+    walk = visits(model, family, windows)
+    next(walk)
+    assert family.layers_of(model) is layers
+    walk.close()
+    list(visits(model, family, windows))
+    assert family.layers_of(model) is layers
+    assert torch.equal(conformance.logits(model, windows), before)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_batches_hold_few_tokens_and_all_windows_in_order(name, subject, monkeypatch):
+    model, family = subject
+    windows = tiny.windows(5, padded=True)
+    monkeypatch.setattr(layerwise, "TOKENS_PER_BATCH", 2 * windows.tokens.shape[1] + 1)
+    stream = layerwise.embed(model, family, windows)
+    assert [len(batch.tokens) for batch, _ in stream] == [2, 2, 1]
+    assert torch.equal(torch.cat([batch.tokens for batch, _ in stream]), windows.tokens)
+    expected = hidden_states_of_the_model(model, family, windows)
+    for visit in visits(model, family, windows):
+        hidden = torch.cat([hidden for _, hidden in visit.stream])
+        assert_close(hidden[windows.mask], expected[visit.index][windows.mask], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_the_stream_passes_through_the_layer_as_it_is_by_then(name, subject):
+    model, family = subject
+    windows = tiny.windows(3)
+    walk = visits(model, family, windows)
+    visit = next(walk)
+    with torch.no_grad():
+        for parameter in visit.layer.parameters():
+            parameter.mul_(1.3)
+    found = torch.cat([hidden for _, hidden in next(walk).stream])
+    assert_close(found, hidden_states_of_the_model(model, family, windows)[1], rtol=1e-5, atol=1e-5)
+
+
+@every_family
+@whole_and_padded
+def test_observing_hands_over_every_token_that_is_not_padding(name, subject, padded, monkeypatch):
+    model, family = subject
+    windows = tiny.windows(5, padded=padded)
+    monkeypatch.setattr(layerwise, "TOKENS_PER_BATCH", 2 * windows.tokens.shape[1])
+    path = family.feed_forward.output
+    for visit in visits(model, family, windows):
+        seen, expected = [], []
+        visit.observe(path, seen.append)
+        module = visit.layer.get_submodule(path)
+        handle = module.register_forward_pre_hook(lambda _, args, expected=expected: expected.append(args[0]))
+        conformance.logits(model, windows)
+        handle.remove()
+        rows = torch.cat([part.reshape(*windows.tokens.shape, -1) for part in expected])[windows.mask]
+        assert_close(torch.cat(seen), rows, rtol=1e-5, atol=1e-5)
+        assert not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["llama"])
+@pytest.mark.parametrize(
+    ("broken", "what"), [("model.embed_tokens", "The embeddings"), ("model.layers.4.mlp.up_proj", "Decoder layer 4")]
+)
+def test_values_that_are_not_finite_are_traced_to_their_layer(name, subject, broken, what):
+    model, family = subject
+    with torch.no_grad():
+        model.get_submodule(broken).weight.fill_(torch.inf)
+    with pytest.raises(NumericalError, match=f"{what} of the model puts out"):
+        list(visits(model, family, tiny.windows(2)))
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_a_model_that_runs_a_layer_twice_is_refused(name, subject):
+    model, family = subject
+    original = model.model.forward
+
+    def twice(*args, **kwargs):
+        original(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    model.model.forward = twice
+    with pytest.raises(FamilyError, match="once, one after the other"):
+        layerwise.embed(model, family, tiny.windows(2))
