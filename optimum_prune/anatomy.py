@@ -95,8 +95,8 @@ class Family:
     """Path of the list of decoder layers."""
     depth: str = "num_hidden_layers"
     """The config field that counts the decoder layers."""
-    per_layer: tuple[str, ...] = ()
-    """Config fields that are lists with one entry for each decoder layer."""
+    per_layer: tuple[str, ...] = ("layer_types",)
+    """Config fields that are lists with one entry for each decoder layer, where the config has them."""
     thresholds: tuple[str, ...] = ()
     """Config fields t that set the layers with index < t apart from the others."""
     feed_forward: FeedForward = FeedForward()

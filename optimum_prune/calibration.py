@@ -8,6 +8,7 @@ reporting never share text: windows for evaluation come from another text, or fr
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from optimum_prune.options import option
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 SAMPLES = 128
@@ -349,15 +352,28 @@ def _cut(
     return torch.cat([torch.full((len(windows), 1), bos), windows], dim=1)
 
 
+def _samples(text: Text, windows: Tensor) -> int:
+    """How many windows to take: as many as are asked for, or as there are; the latter is said if a number was asked for."""
+    if text.samples is not None and text.samples > len(windows):
+        logger.warning(
+            "%d windows of %s are asked for, and its text has %d: all of them are used.",
+            text.samples,
+            text.describe(),
+            len(windows),
+        )
+    return min(len(windows), SAMPLES if text.samples is None else text.samples)
+
+
 def _draw_at_random(tokens: Tensor, text: Text, tokenizer: PreTrainedTokenizerBase, seed: int) -> Calibration:
     windows = _cut(tokens, text, tokenizer)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    chosen = windows[order[: SAMPLES if text.samples is None else text.samples]]
+    chosen = windows[order[: _samples(text, windows)]]
     return Calibration.from_tokens(chosen, text.describe(), _bos(tokenizer) is not None)
 
 
 def _first_windows(tokens: Tensor, text: Text, tokenizer: PreTrainedTokenizerBase) -> Calibration:
-    windows = _cut(tokens, text, tokenizer)[: SAMPLES if text.samples is None else text.samples]
+    windows = _cut(tokens, text, tokenizer)
+    windows = windows[: _samples(text, windows)]
     return Calibration.from_tokens(windows, text.describe(), _bos(tokenizer) is not None)
 
 

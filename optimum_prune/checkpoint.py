@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
     from optimum_prune.progress import Progress
 
+PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+QUIETLY: dict[str, Any] = {
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 PROBE_WINDOWS, PROBE_TOKENS, PROBE_DECODED = 2, 32, 8
 ROUNDING = 4
 """A reloaded model may differ by this many units in the last place of its largest logit; on most machines it does by none."""
@@ -60,6 +66,15 @@ class Checkpoint:
             return AutoTokenizer.from_pretrained(self.source, **self.arguments())
         except Exception as error:  # transformers raises many kinds
             raise CheckpointError(f"The tokenizer of {self.name} cannot be read: {_reason(error)}") from error
+
+    def companions(self) -> tuple[Path, ...]:
+        """What lies beside the weights of a model that sees or hears: the configs of its processors."""
+        from transformers.utils import cached_file
+
+        if self.gguf_file:
+            return ()
+        found = (cached_file(self.source, name, **QUIETLY) for name in PROCESSORS)
+        return tuple(Path(file) for file in found if file is not None)
 
 
 def open_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
@@ -218,7 +233,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
         _edit_json(folder / "config.json", _with_older_rope)
         if (folder / "tokenizer_config.json").is_file():
             _edit_json(folder / "tokenizer_config.json", _with_older_tokenizer_class)
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # full disks, and configs that transformers refuses to write
         raise OutputError(
             f"The checkpoint cannot be written: {_reason(error)} Make room, or name an --output elsewhere."
         ) from error

@@ -43,6 +43,8 @@ class Subject:
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase | None
     load: Callable[[], PreTrainedModel]
+    companions: tuple[Path, ...] = ()
+    """Files that belong beside the weights, whatever is done to them."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def open_subject(settings: Settings, progress: Progress) -> Subject:
         raise RecipeError("No model is named. Give one with --model, or as 'model' in the recipe.")
     opened = checkpoint.open_checkpoint(settings.model, settings.trust_remote_code)
     load = partial(checkpoint.load, opened, settings.dtype, device_of(settings), progress)
-    return Subject(opened.name, opened.source, opened.config, opened.tokenizer(), load)
+    return Subject(opened.name, opened.source, opened.config, opened.tokenizer(), load, opened.companions())
 
 
 def device_of(settings: Settings) -> str:
@@ -242,12 +244,25 @@ def _prune(
 ) -> Pruned:
     """Loads the model, measures it, prunes it, and saves it. Unless the caller holds the model, it is gone afterwards."""
     model = subject.load()
+    _check_rotary(model, subject.name)
     count, size = parameters(model), checkpoint.weight_bytes(model)
     before = None if texts.evaluation is None else perplexity(model, texts.evaluation, progress)
     steps = [step for step in recipe.passes if isinstance(step, PrunePass)]
     outcomes = tuple(prune(step, model, family, texts.calibration, plugins, progress) for step in steps)
     checkpoint.save(model, subject.tokenizer, staging.result, progress)
+    for file in subject.companions:
+        shutil.copy(file, staging.result)
     return Pruned(outcomes, count, size, before, checkpoint.probe(model, texts.calibration.tokens), model.dtype)
+
+
+def _check_rotary(model: PreTrainedModel, name: str) -> None:
+    """Refuses a model whose rotary frequencies were rounded, since no checkpoint holds them and a reload has them exact."""
+    for buffer, value in model.named_buffers():
+        if buffer.endswith("inv_freq") and value.dtype in (torch.bfloat16, torch.float16):
+            raise SurgeryError(
+                f"The rotary frequencies of {name} are rounded to {value.dtype}, as `model.to(dtype)` does, so it computes something "
+                f"else than what can be saved. Load it with from_pretrained(..., dtype=...) instead."
+            )
 
 
 def prune(

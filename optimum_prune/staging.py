@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,15 +40,15 @@ def staged(output: Path, overwrite: bool, source: str | None = None) -> Iterator
         OutputError: the output exists and may not be overwritten, or cannot be written.
     """
     output = Path(os.path.abspath(output))
+    _mend_abandoned(output)
     check_output(output, overwrite, source)
-    root = output.parent / f".{output.name}.partial-{socket.gethostname()}-{os.getpid()}"
+    root = _make_hidden(output, "partial")
     try:
-        _remove_abandoned(output)
-        _make(root / "model", output)
+        (root / "model").mkdir()
         staging = Staging(root, root / "model")
         yield staging
         check_output(output, overwrite, source)  # it may have appeared meanwhile
-        _move_into_place(staging.result, output, root)
+        _move_into_place(staging.result, output)
     except OSError as error:
         if error.errno in CANNOT_WRITE:
             raise OutputError(
@@ -85,27 +86,37 @@ def check_output(output: Path, overwrite: bool, source: str | None = None) -> No
         )
 
 
-def _make(folder: Path, output: Path) -> None:
+def _hidden_prefix(output: Path, kind: str) -> str:
+    return f".{output.name}.{kind}-{socket.gethostname()}-"
+
+
+def _make_hidden(output: Path, kind: str) -> Path:
+    """An empty folder beside the output whose name tells machine and process."""
     try:
-        folder.mkdir(parents=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f"{_hidden_prefix(output, kind)}{os.getpid()}-", dir=output.parent))
     except OSError as error:
         raise OutputError(
             f"The output {output} cannot be written: {error.strerror}. Name an --output elsewhere."
         ) from error
 
 
-def _remove_abandoned(output: Path) -> None:
-    """Removes what runs of this machine that are no more left beside the output."""
-    pattern = re.compile(re.escape(f".{output.name}.partial-{socket.gethostname()}-") + r"(\d+)")
-    for folder in output.parent.iterdir() if output.parent.is_dir() else ():
-        match = pattern.fullmatch(folder.name)
-        if match and not _runs(int(match[1])):
+def _mend_abandoned(output: Path) -> None:
+    """Removes what runs of this machine that are no more left beside the output, and puts back what they had replaced."""
+    if not output.parent.is_dir():
+        return
+    for kind in ("replaced", "partial"):
+        pattern = re.compile(re.escape(_hidden_prefix(output, kind)) + r"(\d+)-.*")
+        for folder in sorted(output.parent.iterdir()):
+            match = pattern.fullmatch(folder.name)
+            if not match or _runs(int(match[1])):
+                continue
+            if kind == "replaced" and not os.path.lexists(output) and (folder / output.name).is_dir():
+                (folder / output.name).rename(output)
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def _runs(process: int) -> bool:
-    if process == os.getpid():
-        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -115,7 +126,17 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _move_into_place(result: Path, output: Path, root: Path) -> None:
-    if output.exists():
-        output.rename(root / "replaced")
-    result.rename(output)
+def _move_into_place(result: Path, output: Path) -> None:
+    """Renames the result to the output. What it replaces is removed only when the result is there."""
+    if not os.path.lexists(output):
+        result.rename(output)
+        return
+    aside = _make_hidden(output, "replaced")
+    output.rename(aside / output.name)
+    try:
+        result.rename(output)
+    except BaseException:
+        (aside / output.name).rename(output)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)

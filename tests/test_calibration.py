@@ -326,3 +326,9 @@ def test_a_plugin_can_bring_a_dataset_and_a_kind_of_file(tmp_path, plain, source
     assert len(windows.tokens) > 5
     windows, _ = windows_of(tmp_path / "a.up", plain, mine)
     assert plain.decode(windows.tokens[0]).isupper()
+
+
+def test_more_windows_than_there_are_is_said(text_file, caplog, plugins):
+    wanted = Text(text=str(text_file), samples=10_000, length=64)
+    windows, _ = draw(wanted, Text(samples=0), tiny.tokenizer(), plugins.sources, seed=0, limit=128)
+    assert f"10000 windows of {text_file.name} are asked for, and its text has {len(windows.tokens)}" in caplog.text

@@ -460,3 +460,17 @@ class TestPruner:
 def test_perplexity_of_unpruned_and_reloaded_models_agree_when_nothing_changes(llama, text_file, tmp_path):
     report = compress(recipe_for(llama, text_file, Count()), tmp_path / "out")
     assert_close(report.perplexity.before.value, report.perplexity.after.value, rtol=1e-12, atol=0)
+
+
+def test_a_model_whose_rotary_frequencies_were_rounded_is_refused(tmp_path):
+    model = tiny.model("llama").to(torch.bfloat16)
+    with pytest.raises(OptimumPruneError, match=r"rounded to torch.bfloat16.*from_pretrained"):
+        Pruner.from_pretrained(model).prune(Depth(drop=(1,)), calibration=tiny.windows(2), save_dir=tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+def test_the_processor_of_a_model_that_sees_goes_along(llama, text_file, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    (folder / "preprocessor_config.json").write_text("{}")
+    compress(recipe_for(folder, text_file, evaluation=Text(samples=0)), tmp_path / "out")
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == "{}"

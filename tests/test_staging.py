@@ -30,7 +30,7 @@ def dead_process() -> int:
 
 
 def partial(output, process, host=None):
-    folder = output.parent / f".{output.name}.partial-{host or socket.gethostname()}-{process}"
+    folder = output.parent / f".{output.name}.partial-{host or socket.gethostname()}-{process}-x"
     return model_folder(folder)
 
 
@@ -160,7 +160,7 @@ def test_what_may_belong_to_others_is_left(tmp_path, output):
         partial(output, os.getppid()),
         partial(output, dead_process(), host="elsewhere"),
         partial(tmp_path / "out2", dead_process()),
-        model_folder(tmp_path / f".out.partial-{socket.gethostname()}-1x"),
+        model_folder(tmp_path / f".out.partial-{socket.gethostname()}-1x-x"),
     ]
     with staged(output, overwrite=False):
         pass
@@ -202,3 +202,12 @@ def test_what_is_replaced_is_lost_only_once_the_new_is_in_place(error, output, m
     with pytest.raises((OutputError, KeyboardInterrupt)):
         write(output, overwrite=True)
     assert (output / "config.json").read_text() == "old"
+
+
+def test_what_a_run_killed_between_two_renames_replaced_is_put_back(output):
+    aside = output.parent / f".out.replaced-{socket.gethostname()}-{dead_process()}-x"
+    model_folder(aside / "out", "old")
+    with pytest.raises(OutputError, match="exists already"):
+        write(output)
+    assert (output / "config.json").read_text() == "old"
+    assert names(output.parent) == ["out"]

@@ -11,4 +11,4 @@ from optimum_prune.hookspecs import hookimpl
 @hookimpl
 def families() -> Iterator[Family]:
     yield Family(name="cohere", model_types=("cohere",))
-    yield Family(name="cohere2", model_types=("cohere2",), per_layer=("layer_types",))
+    yield Family(name="cohere2", model_types=("cohere2",))

@@ -10,4 +10,4 @@ from optimum_prune.hookspecs import hookimpl
 
 @hookimpl
 def families() -> Iterator[Family]:
-    yield Family(name="gemma2", model_types=("gemma2",), per_layer=("layer_types",))
+    yield Family(name="gemma2", model_types=("gemma2",))

@@ -10,11 +10,10 @@ from optimum_prune.hookspecs import hookimpl
 
 @hookimpl
 def families() -> Iterator[Family]:
-    yield Family(name="gemma3", model_types=("gemma3_text",), per_layer=("layer_types",))
+    yield Family(name="gemma3", model_types=("gemma3_text",))
     yield Family(
         name="gemma3-vision",
         model_types=("gemma3",),
         config="text_config",
         layers="model.language_model.layers",
-        per_layer=("layer_types",),
     )

@@ -11,6 +11,4 @@ from optimum_prune.hookspecs import hookimpl
 @hookimpl
 def families() -> Iterator[Family]:
     for name in ("glm", "glm4"):
-        yield Family(
-            name=name, model_types=(name,), feed_forward=FeedForward(inputs=("mlp.gate_up_proj",), parts=2)
-        )
+        yield Family(name=name, model_types=(name,), feed_forward=FeedForward(inputs=("mlp.gate_up_proj",), parts=2))

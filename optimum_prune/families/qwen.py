@@ -12,4 +12,4 @@ from optimum_prune.hookspecs import hookimpl
 def families() -> Iterator[Family]:
     for name in ("qwen2", "qwen3"):
         # Layers below max_window_layers attend to everything, those from there on to a sliding window.
-        yield Family(name=name, model_types=(name,), per_layer=("layer_types",), thresholds=("max_window_layers",))
+        yield Family(name=name, model_types=(name,), thresholds=("max_window_layers",))
