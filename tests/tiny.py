@@ -11,16 +11,32 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    Cohere2Config,
+    Cohere2ForCausalLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3Config,
     Gemma3ForCausalLM,
     Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
+    GlmConfig,
+    GlmForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -109,6 +125,34 @@ def _opt(**changes: Any) -> PreTrainedModel:
     return OPTForCausalLM(OPTConfig(**sizes, **{"ffn_dim": WIDTH, "word_embed_proj_dim": 32, **changes}))
 
 
+def _gemma2() -> PreTrainedModel:
+    return Gemma2ForCausalLM(
+        Gemma2Config(**SIZES, head_dim=8, query_pre_attn_scalar=8, sliding_window=6, attn_implementation="eager")
+    )
+
+
+def _phi3() -> PreTrainedModel:
+    return Phi3ForCausalLM(Phi3Config(**SIZES, tie_word_embeddings=False))
+
+
+def _glm(config: type, model: type) -> PreTrainedModel:
+    return model(config(**SIZES, head_dim=8))
+
+
+def _cohere2() -> PreTrainedModel:
+    return Cohere2ForCausalLM(Cohere2Config(**SIZES, sliding_window=6, layer_types=MIXED, logit_scale=0.5))
+
+
+def _gpt2(**changes: Any) -> PreTrainedModel:
+    sizes = {k: v for k, v in SIZES.items() if k not in ("intermediate_size", "num_key_value_heads")}
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, "hidden_size": WIDTH // 4, **changes}))
+
+
+def _gpt_neox(**changes: Any) -> PreTrainedModel:
+    sizes = {k: v for k, v in SIZES.items() if k != "num_key_value_heads"}
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, **changes))
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": partial(_llama, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
     "llama-tied": partial(_llama, tie_word_embeddings=True),
@@ -117,10 +161,32 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": _qwen3,
     "gemma3": _gemma3,
     "gemma3-vision": _gemma3_vision,
+    "gemma2": _gemma2,
+    "phi3": _phi3,
+    "glm": partial(_glm, GlmConfig, GlmForCausalLM),
+    "glm4": partial(_glm, Glm4Config, Glm4ForCausalLM),
+    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.5, use_qk_norm=True)),
+    "cohere2": _cohere2,
+    "gpt2": _gpt2,
+    "gpt2-wide": partial(_gpt2, hidden_size=32, n_inner=WIDTH),
+    "gpt_neox": _gpt_neox,
+    "gpt_neox-sequential": partial(_gpt_neox, use_parallel_residual=False),
     "opt": _opt,
     "opt-post-norm": partial(_opt, do_layer_norm_before=False, word_embed_proj_dim=16),
 }
-TIED = ("llama-tied", "qwen2", "gemma3", "gemma3-vision", "opt", "opt-post-norm")
+TIED = (
+    "llama-tied",
+    "qwen2",
+    "gemma2",
+    "gemma3",
+    "gemma3-vision",
+    "cohere",
+    "cohere2",
+    "gpt2",
+    "gpt2-wide",
+    "opt",
+    "opt-post-norm",
+)
 
 
 def model(family: str, seed: int = 0) -> PreTrainedModel:
