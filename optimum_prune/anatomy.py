@@ -29,6 +29,8 @@ class Shape:
 class FeedForward:
     """The FFN of a decoder layer. Paths start at the layer."""
 
+    module: str | None = "mlp"
+    """The module that is the whole FFN, if there is one."""
     inputs: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     """Linear modules whose output features are the channels."""
     output: str = "mlp.down_proj"
@@ -99,6 +101,8 @@ class Family:
     """Config fields that are lists with one entry for each decoder layer, where the config has them."""
     thresholds: tuple[str, ...] = ()
     """Config fields t that set the layers with index < t apart from the others."""
+    attention: str = "self_attn"
+    """Path from a decoder layer to its attention."""
     feed_forward: FeedForward = FeedForward()
 
     def text_config(self, config: PreTrainedConfig) -> PreTrainedConfig:

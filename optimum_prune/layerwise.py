@@ -8,7 +8,7 @@ its model gives it: sliding layers their own mask, local layers their own rotary
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -138,29 +138,96 @@ def logits(
     return output
 
 
-@dataclass(frozen=True)
-class Visit:
-    """A decoder layer, and the hidden states that reach it."""
+class _Reached(Exception):
+    """A layer has got as far as it was to run."""
 
-    index: int
-    layer: nn.Module
-    stream: list[tuple[Batch, Float[Tensor, "w t h"]]]
+
+class Visit:
+    """A decoder layer, and the hidden states that reach it.
+
+    A visit evaluates each part of the layer once. `observe_channels` runs the layer as far as the inputs of the FFN's output
+    projection and keeps these and what attention put out; when the visit ends, the layer is run again with both given, so that
+    only norms, residual sums and the output projection, as it is by then, are computed.
+    """
+
+    def __init__(self, index: int, layer: nn.Module, family: Family, stream: list[tuple[Batch, Tensor]]) -> None:
+        self.index = index
+        self.layer = layer
+        self.stream = stream
+        self._family = family
+        self._attended: list[Any] = []
+        self._channels: list[Tensor] = []
 
     @torch.no_grad()
-    def observe(self, path: str, add: Callable[[Float[Tensor, "tokens features"]], None]) -> None:
-        """Runs the layer over its stream and hands `add` every input of its submodule at `path`, padding left out."""
+    def observe_channels(self, add: Callable[[Float[Tensor, "tokens channels"]], None]) -> None:
+        """Hands `add` the FFN channels' activations, batch by batch, padding left out. To be called once."""
+        attention = self.layer.get_submodule(self._family.attention)
+        output = self.layer.get_submodule(self._family.feed_forward.output)
 
-        def hand_over(batch: Batch) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-            # Some layers flatten windows and positions into one axis before their FFN.
-            return lambda _, args: add(args[0].flatten(0, -2)[batch.mask.flatten().to(args[0].device)])
+        def keep_channels(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            self._channels.append(args[0])
+            raise _Reached
 
-        module = self.layer.get_submodule(path)
-        for batch, hidden in self.stream:
-            handle = module.register_forward_pre_hook(hand_over(batch))
-            try:
-                batch.run(self.layer, self.index, hidden)
-            finally:
+        def keep_attended(_: nn.Module, __: object, result: Any) -> None:
+            self._attended.append(result)
+
+        handles = [
+            output.register_forward_pre_hook(keep_channels),
+            attention.register_forward_hook(keep_attended),
+        ]
+        try:
+            for batch, hidden in self.stream:
+                with suppress(_Reached):
+                    batch.run(self.layer, self.index, hidden)
+                # Some layers flatten windows and positions into one axis before their FFN.
+                rows = self._channels[-1].flatten(0, -2)
+                add(rows[batch.mask.flatten().to(rows.device)])
+        finally:
+            for handle in handles:
                 handle.remove()
+
+    def narrow(self, kept: Sequence[int]) -> None:
+        """Keeps only these of the observed channels, as the cut of this layer will."""
+        index = torch.tensor(kept)
+        self._channels = [channels[..., index.to(channels.device)] for channels in self._channels]
+
+    def leave(self) -> None:
+        """Moves the stream behind the layer as it is now."""
+        for position, (batch, hidden) in enumerate(self.stream):  # in place: one layer's hidden states are ever held
+            with ExitStack() as stack:
+                if self._channels:
+                    self._answer_for_blocks(stack, self._attended[position], self._channels[position])
+                self.stream[position] = (batch, batch.run(self.layer, self.index, hidden))
+        self._attended, self._channels = [], []
+
+    def _answer_for_blocks(self, stack: ExitStack, attended: Any, channels: Tensor) -> None:
+        """Attention answers with what it put out, the FFN with the output projection of the channels."""
+        feed_forward = self._family.feed_forward
+        output = self.layer.get_submodule(feed_forward.output)
+        stack.enter_context(_answering(self.layer.get_submodule(self._family.attention), lambda *_, **__: attended))
+        if feed_forward.module is not None:
+            module = self.layer.get_submodule(feed_forward.module)
+            stack.enter_context(_answering(module, lambda *_, **__: output(channels)))
+            return
+        project = output.forward
+        nothing = channels[..., :0]
+        for path in feed_forward.inputs:
+            stack.enter_context(_answering(self.layer.get_submodule(path), lambda *_, **__: nothing))
+        stack.enter_context(_answering(output, lambda *_, **__: project(channels)))
+
+
+@contextmanager
+def _answering(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
+    """Lets a module answer so whatever it is asked, for the time of a `with`."""
+    before = module.__dict__.get("forward")
+    module.forward = answer
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.forward = before
 
 
 @torch.no_grad()
@@ -178,9 +245,9 @@ def walk(
     stream = embed(model, family, calibration)
     _check_finite(stream, "The embeddings")
     for index, layer in enumerate(progress.track(family.layers_of(model), description)):
-        yield Visit(index, layer, stream)
-        for position, (batch, hidden) in enumerate(stream):  # in place: only one layer's hidden states are ever held
-            stream[position] = (batch, batch.run(layer, index, hidden))
+        visit = Visit(index, layer, family, stream)
+        yield visit
+        visit.leave()
         _check_finite(stream, f"Decoder layer {index}")
 
 

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+BLOCK = 512
+"""A gram is symmetric, so only the blocks on and above its diagonal are computed; smaller ones multiply more slowly."""
+
+
 class Gram:
     """`X'X` of the activations at one place, summed over tokens, in float32 whatever the dtype of the activations.
 
@@ -18,11 +22,18 @@ class Gram:
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
-        self.value: Float[Tensor, "features features"] = torch.zeros(features, features, device=device)
+        self._upper = torch.zeros(features, features, device=device)  # what lies left of the diagonal blocks stays 0
         self.tokens = 0
 
     def add(self, activations: Float[Tensor, "tokens features"]) -> None:
         """Adds the outer products of these rows."""
         rows = activations.to(torch.float32)
-        self.value.addmm_(rows.T, rows)
+        for start in range(0, rows.shape[1], BLOCK):
+            columns = rows[:, start : start + BLOCK]
+            self._upper[start : start + BLOCK, start:].addmm_(columns.T, rows[:, start:])
         self.tokens += len(rows)
+
+    @property
+    def value(self) -> Float[Tensor, "features features"]:
+        """The gram so far."""
+        return self._upper.triu() + self._upper.triu(1).T

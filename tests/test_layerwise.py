@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import copy
+
 import conformance
 import pytest
 import tiny
 import torch
 from torch.testing import assert_close
 
-from optimum_prune import Progress, layerwise
+from optimum_prune import Progress, layerwise, surgery
 from optimum_prune.anatomy import find_family
 from optimum_prune.errors import FamilyError, NumericalError
 
@@ -131,7 +133,7 @@ def test_observing_hands_over_every_token_that_is_not_padding(name, subject, pad
     path = family.feed_forward.output
     for visit in visits(model, family, windows):
         seen, expected = [], []
-        visit.observe(path, seen.append)
+        visit.observe_channels(seen.append)
         module = visit.layer.get_submodule(path)
         handle = module.register_forward_pre_hook(lambda _, args, expected=expected: expected.append(args[0]))
         conformance.logits(model, windows)
@@ -139,6 +141,25 @@ def test_observing_hands_over_every_token_that_is_not_padding(name, subject, pad
         rows = torch.cat([part.reshape(*windows.tokens.shape, -1) for part in expected])[windows.mask]
         assert_close(torch.cat(seen), rows, rtol=1e-5, atol=1e-5)
         assert not module._forward_pre_hooks
+
+
+@every_family
+@whole_and_padded
+def test_a_layer_that_was_observed_and_cut_is_not_evaluated_anew(name, subject, padded):
+    model, family = subject
+    windows = tiny.windows(3, padded=padded)
+    cut = copy.deepcopy(model)
+    for whole, plain in zip(visits(model, family, windows), visits(cut, family, windows), strict=True):
+        for (_, found), (_, expected) in zip(whole.stream, plain.stream, strict=True):
+            assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        kept = tuple(range(whole.index, tiny.WIDTH, 2))
+        surgery.keep_channels(plain.layer, family, kept)
+        whole.observe_channels(lambda rows: None)
+        whole.narrow(kept)
+        surgery.keep_channels(whole.layer, family, kept)
+        for path in (family.attention, *family.feed_forward.inputs):  # what was evaluated must not be asked again
+            for parameter in whole.layer.get_submodule(path).parameters():
+                parameter.data.fill_(torch.nan)
 
 
 @pytest.mark.parametrize("name", ["llama"])

@@ -14,5 +14,6 @@ def families() -> Iterator[Family]:
         name="gpt2",
         model_types=("gpt2",),
         layers="transformer.h",
+        attention="attn",
         feed_forward=FeedForward(inputs=("mlp.c_fc",), output="mlp.c_proj", width="n_inner", hidden_multiple=4),
     )

@@ -14,5 +14,6 @@ def families() -> Iterator[Family]:
         name="gpt_neox",
         model_types=("gpt_neox",),
         layers="gpt_neox.layers",
+        attention="attention",
         feed_forward=FeedForward(inputs=("mlp.dense_h_to_4h",), output="mlp.dense_4h_to_h"),
     )

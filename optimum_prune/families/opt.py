@@ -14,5 +14,5 @@ def families() -> Iterator[Family]:
         name="opt",
         model_types=("opt",),
         layers="model.decoder.layers",
-        feed_forward=FeedForward(inputs=("fc1",), output="fc2", width="ffn_dim"),
+        feed_forward=FeedForward(module=None, inputs=("fc1",), output="fc2", width="ffn_dim"),
     )

@@ -91,7 +91,7 @@ class Osscar(PrunePass):
             linear = family.linear(visit.layer, output)
             width = linear.weight.shape[1]
             gram = Gram(width, linear.weight.device)
-            visit.observe(output, gram.add)
+            visit.observe_channels(gram.add)
             keep = self.kept_width(width)
             try:
                 result = eliminate(damped(gram.value, self.damping), linear.weight, keep, self.step)
@@ -100,6 +100,7 @@ class Osscar(PrunePass):
                     f"The FFN activations of layer {visit.index} are not finite, or too ill-conditioned to solve for. Look for "
                     f"NaN or infinity in the weights, or raise 'damping' above {self.damping}."
                 ) from error
+            visit.narrow(result.kept)
             yield Decision(
                 cuts=Cuts(channels={visit.index: result.kept}),
                 weights={f"{family.layers}.{visit.index}.{output}.weight": linear.stored(result.weight)},
