@@ -23,6 +23,7 @@ class Gram:
 
     def __init__(self, features: int, device: torch.device) -> None:
         self._upper = torch.zeros(features, features, device=device)  # what lies left of the diagonal blocks stays 0
+        self._sum = torch.zeros(features, dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, activations: Float[Tensor, "tokens features"]) -> None:
@@ -31,7 +32,18 @@ class Gram:
         for start in range(0, rows.shape[1], BLOCK):
             columns = rows[:, start : start + BLOCK]
             self._upper[start : start + BLOCK, start:].addmm_(columns.T, rows[:, start:])
+        self._sum += rows.sum(0, dtype=torch.float64)
         self.tokens += len(rows)
+
+    @property
+    def mean(self) -> Float[Tensor, " features"]:
+        """The mean activation, float64; 0 if there was no token."""
+        return self._sum / max(self.tokens, 1)
+
+    @property
+    def centered(self) -> Float[Tensor, "features features"]:
+        """The gram of the activations less their mean, float64."""
+        return self.value.double() - self.tokens * torch.outer(self.mean, self.mean)
 
     @property
     def value(self) -> Float[Tensor, "features features"]:

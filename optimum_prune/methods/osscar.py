@@ -7,8 +7,10 @@ leaves the loss
     min over W supported on S of  1/2 tr((W - B)' H (W - B))
 
 Channels are eliminated greedily. With `inv` the inverse of H restricted to what is still alive, and W the optimal weights on
-it, removing channel j costs `1/2 |W_j|^2 / inv_jj`; the cheapest goes, and W and inv follow by a rank-one update. The weights
-on what is left are refitted exactly in the end. Later layers see the stream of the pruned layers before them.
+it, removing channel j costs `1/2 |W_j|^2 / inv_jj`; the cheapest goes, and W and inv follow by a rank-one update. Pairs of
+channels may then be swapped as long as the loss falls, and the weights on what is left are refitted exactly in the end. Later
+layers see the stream of the pruned layers before them. Where the projection has a bias, X is taken less its mean, and the bias
+takes over the mean of what is lost.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from optimum_prune.progress import Progress
 
 LARGEST_MULTIPLE = 64
+PATIENCE = 16
+"""Channels in a row that could not be swapped with a gain before the local search ends."""
 PENDING = 64
 """Eliminations kept as a low-rank factor before the matrices are brought up to date: 32 to 128 are about equally fast."""
 
@@ -54,6 +58,8 @@ class Osscar(PrunePass):
     )
     damping: float = option("Added to the gram's diagonal, relative to its mean.", 0.01)
     step: int = option("Channels removed before the rest are ranked anew; 1 is the exact greedy.", 1)
+    swaps: int = option("After the elimination, swap up to this many pairs of channels where the loss falls.", 0)
+    one_shot: bool = option("Rank the channels once instead of eliminating them; faster for very wide layers.", False)
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
@@ -64,6 +70,8 @@ class Osscar(PrunePass):
             raise RecipeError(f"osscar has damping {self.damping}. Give a number above 0; 0.01 is usual.")
         if self.step < 1:
             raise RecipeError(f"osscar has step {self.step}. Give a whole number of at least 1.")
+        if self.swaps < 0:
+            raise RecipeError(f"osscar has swaps {self.swaps}. Give 0 or more.")
 
     def foresee(self, shape: Shape) -> Shape:
         return Shape(shape.layers, self.kept_width(shape.width))
@@ -93,17 +101,24 @@ class Osscar(PrunePass):
             gram = Gram(width, linear.weight.device)
             visit.observe_channels(gram.add)
             keep = self.kept_width(width)
+            step = width if self.one_shot else self.step
+            moments = gram.value if linear.bias is None else gram.centered
             try:
-                result = eliminate(damped(gram.value, self.damping), linear.weight, keep, self.step)
+                result = eliminate(damped(moments, self.damping), linear.weight, keep, step, self.swaps)
             except LinAlgError as error:
                 raise NumericalError(
                     f"The FFN activations of layer {visit.index} are not finite, or too ill-conditioned to solve for. Look for "
                     f"NaN or infinity in the weights, or raise 'damping' above {self.damping}."
                 ) from error
             visit.narrow(result.kept)
+            name = f"{family.layers}.{visit.index}.{output}"
+            weights = {f"{name}.weight": linear.stored(result.weight)}
+            if linear.bias is not None:
+                lost = linear.weight.double() @ gram.mean - result.weight @ gram.mean[list(result.kept)]
+                weights[f"{name}.bias"] = linear.bias + lost
             yield Decision(
                 cuts=Cuts(channels={visit.index: result.kept}),
-                weights={f"{family.layers}.{visit.index}.{output}.weight": linear.stored(result.weight)},
+                weights=weights,
                 evidence={"layer": visit.index, "width": keep, "relative_error": result.relative_error},
             )
 
@@ -137,14 +152,17 @@ def damped(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in
     return gram + damping * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
 
 
-def eliminate(gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], keep: int, step: int = 1) -> Elimination:
-    """Greedy backward elimination of input channels down to `keep`, then the exact refit.
+def eliminate(
+    gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], keep: int, step: int = 1, swaps: int = 0
+) -> Elimination:
+    """Greedy backward elimination of input channels down to `keep`, then swaps, then the exact refit.
 
     Args:
         gram: H above, symmetric positive definite.
         weight: B' above, the dense weights.
         keep: how many channels stay, 1 to all.
-        step: how many channels go before the rest are ranked anew; 1 is the exact greedy.
+        step: how many channels go before the rest are ranked anew: 1 is the exact greedy, all of them a one-shot ranking.
+        swaps: how many pairs of a kept and a removed channel may at most change places, each lowering the loss.
 
     Raises:
         torch.linalg.LinAlgError: the gram is not positive definite, or not finite.
@@ -153,6 +171,11 @@ def eliminate(gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], kee
     dense = weight.double().T
     kept = _survivors(torch.cholesky_inverse(torch.linalg.cholesky(gram)), dense, keep, step)
     refitted, loss = refit(gram, dense, kept)
+    if swaps:
+        other = swapped(gram, dense, kept, swaps)
+        refitted_other, loss_other = refit(gram, dense, other)
+        if loss_other < loss:
+            kept, refitted, loss = other, refitted_other, loss_other
     everything = 0.5 * (dense * (gram @ dense)).sum().item()
     return Elimination(tuple(kept.tolist()), refitted.T, loss, loss / everything if everything else 0.0)
 
@@ -162,6 +185,9 @@ def _survivors(inverse: Float[Tensor, "in in"], current: Float[Tensor, "in out"]
 
     Up to `PENDING` eliminations are pending at a time; then inverse and weights shrink to what is alive.
     """
+    if step >= len(inverse) - keep:
+        cost = current.square().sum(1) / inverse.diagonal()
+        return cost.topk(keep).indices.sort().values
     indices = torch.arange(len(inverse), device=inverse.device)
     while len(indices) > keep:
         pending = min(max(PENDING // step, 1) * step, len(indices) - keep)  # whole steps
@@ -233,6 +259,70 @@ def refit(
     correction = torch.cholesky_solve(pull, torch.linalg.cholesky(gram[alive][:, alive]))
     loss = 0.5 * ((lost * (gram[~alive][:, ~alive] @ lost)).sum() - (pull * correction).sum())
     return dense[alive] + correction, max(loss.item(), 0.0)
+
+
+def swapped(gram: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], kept: Tensor, swaps: int) -> Tensor:
+    """Local search: lets the cheapest kept channel go and takes in the one that then lowers the loss most, while that helps.
+
+    The table holds `[H | H B]` swept on the kept channels: there it is `-H_SS^-1` and the refitted weights, elsewhere the Schur
+    complement and the gradient. Taking channel k in or out is one sweep, O(in (in + out)).
+
+    Returns:
+        Indices of as many channels, ascending; their loss is not above that of `kept`.
+    """
+    size = len(gram)
+    inside = torch.zeros(size, dtype=torch.bool, device=gram.device)
+    inside[kept] = True
+    table = _swept_table(gram, dense, inside)
+    passed_over: set[int] = set()
+    while swaps and len(passed_over) < min(PATIENCE, len(kept)):
+        cost = 0.5 * table[:, size:].square().sum(1) / table[:, :size].diagonal().abs()
+        open_to_go = inside.clone()
+        open_to_go[list(passed_over)] = False
+        out = int(cost.where(open_to_go, torch.inf).argmin())
+        _sweep(table, out, inwards=False)
+        inside[out] = False
+        gain = 0.5 * table[:, size:].square().sum(1) / table[:, :size].diagonal().abs()
+        best = int(gain.where(~inside, -torch.inf).argmax())
+        if best != out and gain[best] > cost[out] * (1 + 1e-9):
+            swaps -= 1
+            passed_over.clear()
+        else:
+            best = out
+            passed_over.add(out)
+        _sweep(table, best, inwards=True)
+        inside[best] = True
+    return inside.nonzero().flatten()
+
+
+def _swept_table(
+    gram: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], inside: Tensor
+) -> Float[Tensor, "in in+out"]:
+    size = len(gram)
+    target = gram @ dense
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[inside][:, inside]))
+    across = inverse @ gram[inside][:, ~inside]
+    weights = inverse @ target[inside]
+    table = torch.cat([torch.empty_like(gram), target], dim=1)
+    ins, outs = inside.nonzero(), (~inside).nonzero()
+    table[ins, ins.T] = -inverse
+    table[ins, outs.T] = across
+    table[outs, ins.T] = across.T
+    table[outs, outs.T] = gram[~inside][:, ~inside] - gram[~inside][:, inside] @ across
+    table[inside, size:] = weights
+    table[~inside, size:] = target[~inside] - gram[~inside][:, inside] @ weights
+    return table
+
+
+def _sweep(table: Float[Tensor, "in in+out"], k: int, *, inwards: bool) -> None:
+    """Takes channel k into the support, or out of it, in place."""
+    pivot = table[k, k].item()
+    row, column = table[k].clone(), table[:, k].clone()
+    table.addr_(column, row, alpha=-1 / pivot)
+    sign = 1 if inwards else -1
+    table[k] = sign * row / pivot
+    table[:, k] = sign * column / pivot
+    table[k, k] = -1 / pivot
 
 
 @hookimpl

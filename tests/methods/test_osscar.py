@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from optimum_prune import Cuts, Osscar, Progress, surgery
+from optimum_prune import Cuts, Decision, Osscar, Progress, surgery
 from optimum_prune.anatomy import Shape, find_family
 from optimum_prune.errors import NumericalError, RecipeError
 from optimum_prune.methods.osscar import damped, eliminate, refit
@@ -214,20 +214,26 @@ def test_each_layer_is_decided_by_the_stream_of_the_layers_cut_before_it(name, p
     dense = copy.deepcopy(model)
     for index, decision in enumerate(step.decide(model, family, windows, Progress())):
         linear = family.linear(family.layers_of(model)[index], path)
-        grams = []
+        grams, means = [], []
         for whose in (model, dense):
             seen: list[Tensor] = []
             module = family.linear(family.layers_of(whose)[index], path).module
             handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, -2)))
             conformance.logits(whose, windows)
             handle.remove()
-            rows = seen[0][windows.mask.flatten()]
+            rows = seen[0][windows.mask.flatten()].double()
+            means.append(rows.mean(0))
+            rows = rows if linear.bias is None else rows - rows.mean(0)
             grams.append(rows.T @ rows)
         expected = eliminate(damped(grams[0], step.damping), linear.weight.detach(), tiny.WIDTH // 2)
         assert decision.cuts == Cuts(channels={index: expected.kept})
-        ((parameter, weight),) = decision.weights.items()
-        assert model.get_parameter(parameter) is linear.module.weight
-        assert_close(weight, expected.weight, rtol=1e-3, atol=1e-4)
+        name = f"{family.layers}.{index}.{path}"
+        assert model.get_parameter(f"{name}.weight") is linear.module.weight
+        assert_close(decision.weights[f"{name}.weight"], expected.weight, rtol=1e-3, atol=1e-4)
+        if linear.bias is not None:  # the mean output stays what it was
+            before = linear.weight.double() @ means[0] + linear.bias
+            after = expected.weight @ means[0][list(expected.kept)] + decision.weights[f"{name}.bias"]
+            assert_close(after, before, rtol=1e-3, atol=1e-4)
         assert decision.evidence["layer"] == index
         assert decision.evidence["width"] == tiny.WIDTH // 2
         assert decision.evidence["relative_error"] == pytest.approx(expected.relative_error, rel=1e-3)
@@ -267,3 +273,49 @@ def test_weights_that_are_not_finite_are_named_as_the_cause(plugins):
         model.model.layers[2].mlp.up_proj.weight[3, 3] = torch.nan
     with pytest.raises(NumericalError, match=r"layer 2 .*not finite"):
         conformance.pruned(Osscar(ratio=0.25), model, family, tiny.windows(), plugins)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_swaps_lower_the_loss_and_never_raise_it(seed):
+    gram, weight = problem(40, 60, seed=seed)
+    losses = [eliminate(gram, weight, 12, step=40, swaps=swaps).loss for swaps in (0, 1, 2, 4, 100)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_local_search_ends_where_no_swap_of_the_cheapest_helps(seed):
+    """By brute force: every channel outside in place of the cheapest inside."""
+    gram, weight = problem(24, 60, seed=seed)
+    kept = eliminate(gram, weight, 10, step=24, swaps=1000).kept
+    loss = refit(gram, weight.T, torch.tensor(kept))[1]
+    cheapest = min(kept, key=lambda j: refit(gram, weight.T, torch.tensor([k for k in kept if k != j]))[1])
+    for other in set(range(24)) - set(kept):
+        swapped = sorted({*kept, other} - {cheapest})
+        assert refit(gram, weight.T, torch.tensor(swapped))[1] >= loss * (1 - 1e-8)
+
+
+def test_one_shot_is_close_to_the_greedy_and_above_it():
+    gram, weight = problem(200, 400)
+    greedy, ranked = eliminate(gram, weight, 160), eliminate(gram, weight, 160, step=200)
+    naive = (weight.T.square().sum(1) / torch.linalg.inv(gram).diagonal()).topk(160).indices
+    assert ranked.kept == tuple(sorted(naive.tolist()))
+    assert greedy.loss <= ranked.loss < 1.5 * greedy.loss
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2-wide", "gpt_neox"])
+def test_the_bias_takes_over_the_mean_of_what_is_lost(name, plugins):
+    """Better than the same cut whose bias stays."""
+    model = tiny.model(name)
+    family = find_family(model.config, plugins.families)
+    windows = tiny.windows(8)
+    expected = conformance.logits(model, windows)
+    errors = []
+    for with_bias in (True, False):
+        cut = copy.deepcopy(model)
+        for decision in Osscar(ratio=0.5).decide(cut, family, windows, Progress()):
+            weights = {name: value for name, value in decision.weights.items() if with_bias or "bias" not in name}
+            assert len(decision.weights) == 2
+            surgery.carry_out(cut, family, Decision(decision.cuts, weights))
+        errors.append((conformance.logits(cut, windows) - expected).square().mean())
+    assert errors[0] < errors[1]
