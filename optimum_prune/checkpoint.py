@@ -77,11 +77,14 @@ class Checkpoint:
         return tuple(Path(file) for file in found if file is not None)
 
 
-def open_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(model: str, trust_remote_code: bool = False, *, quantized: bool = False) -> Checkpoint:
     """Opens a folder, a Hub id or a `.gguf` file, and reads its config.
 
+    Args:
+        quantized: whether a checkpoint of packed weights will do, which can be evaluated but not cut.
+
     Raises:
-        CheckpointError: it is not there, is no model, or is already quantized.
+        CheckpointError: it is not there, is no model, or is quantized and must not be.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
@@ -89,7 +92,7 @@ def open_checkpoint(model: str, trust_remote_code: bool = False) -> Checkpoint:
     where: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {"trust_remote_code": trust_remote_code}
     try:
         plain, _ = PreTrainedConfig.get_config_dict(source, **where)
-        if not gguf_file:
+        if not gguf_file and not quantized:
             _refuse_quantized(plain, model)
         config = AutoConfig.from_pretrained(source, **where)
     except CheckpointError:
@@ -159,6 +162,9 @@ def load(checkpoint: Checkpoint, dtype: str, device: str, progress: Progress) ->
     arguments = checkpoint.arguments()
     if checkpoint.gguf_file:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
+    packed = getattr(checkpoint.config, "quantization_config", None) is not None
+    if packed:  # packed weights cannot be moved afterwards
+        arguments["device_map"] = device
     try:
         with progress.libraries():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -174,7 +180,7 @@ def load(checkpoint: Checkpoint, dtype: str, device: str, progress: Progress) ->
         raise CheckpointError(
             f"The checkpoint {checkpoint.name} is incomplete: {problems}. Those weights would be random; fetch it again."
         )
-    return model.to(device).eval()
+    return (model if packed else model.to(device)).eval()
 
 
 def _check_weight_files(checkpoint: Checkpoint) -> None:
@@ -209,6 +215,14 @@ def item_size(config: PreTrainedConfig, dtype: str) -> int:
 def weight_bytes(model: torch.nn.Module) -> int:
     """What the weights of a model take on disk, in bytes; tied ones count once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def stored_bytes(name: str, model: torch.nn.Module) -> int:
+    """What a checkpoint takes where it is: its files, or if these are on the Hub, its weights as loaded; in bytes."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path.stat().st_size
+    return bytes_on_disk(path) if path.is_dir() else weight_bytes(model)
 
 
 def bytes_on_disk(folder: Path) -> int:

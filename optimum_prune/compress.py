@@ -130,8 +130,8 @@ def compress(
     return report
 
 
-def open_subject(settings: Settings, progress: Progress) -> Subject:
-    """The model that settings name, opened.
+def open_subject(settings: Settings, progress: Progress, *, quantized: bool = False) -> Subject:
+    """The model that settings name, opened; `quantized` if one of packed weights will do.
 
     Raises:
         RecipeError: they name none.
@@ -139,7 +139,7 @@ def open_subject(settings: Settings, progress: Progress) -> Subject:
     """
     if settings.model is None:
         raise RecipeError("No model is named. Give one with --model, or as 'model' in the recipe.")
-    opened = checkpoint.open_checkpoint(settings.model, settings.trust_remote_code)
+    opened = checkpoint.open_checkpoint(settings.model, settings.trust_remote_code, quantized=quantized)
     load = partial(checkpoint.load, opened, settings.dtype, device_of(settings), progress)
     return Subject(opened.name, opened.source, opened.config, opened.tokenizer(), load, opened.companions())
 

@@ -79,7 +79,7 @@ def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:
     progress = Progress.for_terminal(arguments.quiet)
     settings = build(Settings, given(arguments, {name: name for name in SETTINGS}), "the command line")
     text = build(Text, given(arguments, {name: name for name in CALIBRATION.values()}), "the command line")
-    subject = open_subject(settings, progress)
+    subject = open_subject(settings, progress, quantized=True)
     if text.samples == 0:
         raise RecipeError("0 windows are asked for, so there is nothing to evaluate. Ask for at least 1.")
     assert subject.tokenizer is not None
@@ -97,7 +97,7 @@ def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:
             "tokens_per_second": measured.tokens_per_second,
             "parameters": count["total"],
             "non_embedding_parameters": count["non_embedding"],
-            "bytes": checkpoint.weight_bytes(model),
+            "bytes": checkpoint.stored_bytes(subject.name, model),
             "device": device_of(settings),
         }
         json.dump(result, sys.stdout, indent=2)
