@@ -134,7 +134,8 @@ def test_the_report_tells_what_the_passes_did(done, recipe):
     output, _ = done
     plain = report_of(output)
     assert [(step["name"], step["stage"]) for step in plain["passes"]] == [("osscar", "PRUNE"), ("depth", "PRUNE")]
-    assert plain["passes"][0]["options"] == {"ratio": 0.25, "damping": 0.01, "step": 1}
+    assert plain["passes"][0]["options"]["ratio"] == 0.25
+    assert plain["passes"][0]["options"] == as_plain(PASSES[0])
     assert [decision["layer"] for decision in plain["passes"][0]["decisions"]] == list(range(tiny.LAYERS))
     assert len(plain["passes"][1]["decisions"][0]["perplexity_without_window_from"]) == 5
     assert all(step["seconds"] > 0 and step["peak_memory"] > 10**7 for step in plain["passes"])
@@ -157,7 +158,7 @@ def test_the_cuts_replay_to_the_same_structure(done, llama, plugins):
     saved = AutoModelForCausalLM.from_pretrained(output)
     assert family.shape(model.config) == family.shape(saved.config)
     for name, weight in saved.state_dict().items():
-        if "down_proj.weight" not in name:
+        if "down_proj" not in name:
             assert torch.equal(weight, model.state_dict()[name])
     dropped = set(range(tiny.LAYERS)) - set(Cuts.from_json(depth).layers)
     assert sorted(dropped) == report_of(output)["passes"][1]["decisions"][0]["dropped"]
