@@ -35,6 +35,7 @@ from optimum_prune import (
 from optimum_prune.anatomy import find_family
 from optimum_prune.calibration import draw
 from optimum_prune.errors import CheckpointError, NumericalError, RecipeError
+from optimum_prune.options import as_plain
 
 PASSES = (Osscar(ratio=0.25), Depth(layers=2))
 
