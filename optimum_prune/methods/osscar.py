@@ -15,6 +15,7 @@ takes over the mean of what is lost.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -32,7 +33,7 @@ from optimum_prune.passes import Pass, PrunePass
 from optimum_prune.statistics import Gram
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -45,6 +46,8 @@ PATIENCE = 16
 """Channels in a row that could not be swapped with a gain before the local search ends."""
 PENDING = 64
 """Eliminations kept as a low-rank factor before the matrices are brought up to date: 32 to 128 are about equally fast."""
+SHRINK = 0.7
+"""The matrices are cut down to what is alive when less than this fraction is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,85 +170,83 @@ def eliminate(
     Raises:
         torch.linalg.LinAlgError: the gram is not positive definite, or not finite.
     """
-    gram = gram.double()
-    dense = weight.double().T
-    kept = _survivors(torch.cholesky_inverse(torch.linalg.cholesky(gram)), dense, keep, step)
+    gram, dense = gram.double(), weight.double().T
+    products = dense @ dense.T
+    everything = 0.5 * (gram * products).sum().item()
+    kept = _survivors(torch.cholesky_inverse(torch.linalg.cholesky(gram)), products, keep, step)
     refitted, loss = refit(gram, dense, kept)
     if swaps:
         other = swapped(gram, dense, kept, swaps)
         refitted_other, loss_other = refit(gram, dense, other)
         if loss_other < loss:
             kept, refitted, loss = other, refitted_other, loss_other
-    everything = 0.5 * (dense * (gram @ dense)).sum().item()
     return Elimination(tuple(kept.tolist()), refitted.T, loss, loss / everything if everything else 0.0)
 
 
-def _survivors(inverse: Float[Tensor, "in in"], current: Float[Tensor, "in out"], keep: int, step: int) -> Tensor:
-    """Indices of the channels that greedy elimination leaves, ascending.
+def _survivors(inverse: Float[Tensor, "in in"], products: Float[Tensor, "in in"], keep: int, step: int) -> Tensor:
+    """Indices of the channels that greedy elimination leaves, ascending. Overwrites both matrices.
 
-    Up to `PENDING` eliminations are pending at a time; then inverse and weights shrink to what is alive.
+    Args:
+        inverse: inverse of the gram.
+        products: inner products `W W'` of the weights of each channel; the weights themselves are not needed.
     """
     if step >= len(inverse) - keep:
-        cost = current.square().sum(1) / inverse.diagonal()
+        cost = products.diagonal() / inverse.diagonal()
         return cost.topk(keep).indices.sort().values
     indices = torch.arange(len(inverse), device=inverse.device)
-    while len(indices) > keep:
-        pending = min(max(PENDING // step, 1) * step, len(indices) - keep)  # whole steps
-        gone, factor = _eliminate_some(inverse, current @ current.T, pending, step)
-        # Eliminating `gone` in this order turns inverse into inverse - U U' and current into current - U V, where V solves
-        # a triangular system: the rows of U at the eliminated channels.
-        values = torch.linalg.solve_triangular(factor[gone].tril(), current[gone], upper=False)
-        alive = torch.ones(len(inverse), dtype=torch.bool, device=inverse.device)
-        alive[gone] = False
-        factor = factor[alive]
-        inverse = inverse[alive][:, alive] - factor @ factor.T
-        current = current[alive] - factor @ values
-        indices = indices[alive]
-    return indices
+    alive = torch.ones_like(indices, dtype=torch.bool)
+    left = len(indices)
+    while left > keep:
+        pending = min(max(PENDING // step, 1) * step, left - keep)  # whole steps
+        _eliminate_some(inverse, products, alive, pending, step)
+        left -= pending
+        if left < SHRINK * len(alive):
+            inverse, products = inverse[alive][:, alive], products[alive][:, alive]
+            indices, alive = indices[alive], alive[alive]
+    return indices[alive]
 
 
 def _eliminate_some(
-    inverse: Float[Tensor, "n n"], products: Float[Tensor, "n n"], count: int, step: int
-) -> tuple[Tensor, Float[Tensor, "n count"]]:
-    """Eliminates `count` channels by lazy low-rank updates: O(n k) for the k-th.
+    inverse: Float[Tensor, "n n"], products: Float[Tensor, "n n"], alive: Bool[Tensor, " n"], count: int, step: int
+) -> None:
+    """Eliminates `count` of the channels that are `alive`, and brings all three up to date, in place.
 
-    Only three things are needed of the current inverse and weights: the inverse's diagonal, the squared norms of the weights'
-    rows, and, for the channel that goes, one column of the inverse and one of the rows' inner products. With U the scaled
-    columns of the inverse and V the scaled rows of the weights at the eliminated channels, these columns follow from those at
-    the start, U, `Q = W V'` and `M = V V'`.
-
-    Args:
-        inverse: inverse of the gram at the start.
-        products: inner products `W W'` of the weights' rows at the start.
-
-    Returns:
-        The eliminated channels in order, and U.
+    While they are pending, only three things are needed of the current inverse and weights: the inverse's diagonal, the squared
+    norms of the weights' rows, and, for the channel that goes, one column of the inverse and one of the inner products. With U
+    the scaled columns of the inverse and V the scaled rows of the weights at the eliminated channels, the inverse has become
+    `inverse - U U'` and the weights `W - U V`, so these columns follow from those at the start, U, `Q = W V'` and `M = V V'`:
+    O(n k) for the k-th channel. U and Q are held transposed.
     """
     size = len(inverse)
-    u, q = inverse.new_zeros(size, count), inverse.new_zeros(size, count)
+    u, q = inverse.new_empty(count, size), inverse.new_empty(count, size)
     m = inverse.new_zeros(count, count)
-    diagonal, norms = inverse.diagonal().clone(), products.diagonal().clone()
-    gone = torch.zeros(count, dtype=torch.long, device=inverse.device)
+    diagonal = inverse.diagonal().where(alive, 1.0)
+    norms = products.diagonal().where(alive, torch.inf)  # what is gone costs infinitely much to remove again
     queue: list[int] = []
     for k in range(count):
         if not queue:
-            cost = norms.clamp(min=0) / diagonal
-            cost[gone[:k]] = torch.inf
-            queue = cost.topk(min(step, count - k), largest=False).indices.tolist()
+            cost = norms / diagonal
+            queue = (
+                [int(cost.argmin())] if step == 1 else cost.topk(min(step, count - k), largest=False).indices.tolist()
+            )
         j = queue.pop(0)
-        past = u[j, :k]
-        scale = diagonal[j].sqrt()
-        mixed = q[j, :k] - m[:k, :k] @ past
-        column = (inverse[:, j] - u[:, :k] @ past) / scale
-        q[:, k] = (products[:, j] - q[:, :k] @ past) / scale
-        inner = q[:, k] - u[:, :k] @ (mixed / scale)
-        m[k, :k] = m[:k, k] = mixed / scale
-        m[k, k] = norms[j] / diagonal[j]
-        norms = norms - 2 * column * inner + column.square() * m[k, k]
-        diagonal = diagonal - column.square()
-        u[:, k] = column
-        gone[k] = j
-    return gone, u
+        inverse_jj, norm = diagonal[j].item(), norms[j].item()
+        scale = math.sqrt(inverse_jj)
+        u_past, q_past, past = u[:k], q[:k], u[:k, j].clone()
+        mixed = torch.addmv(q_past[:, j], m[:k, :k], past, alpha=-1).div_(scale)
+        torch.addmv(inverse[j], u_past.T, past, alpha=-1, out=u[k]).div_(scale)
+        torch.addmv(products[j], q_past.T, past, alpha=-1, out=q[k]).div_(scale)
+        m[k, :k] = mixed
+        m[:k, k] = mixed
+        m[k, k] = norm / inverse_jj
+        # What is lost of the norms: 2 u p - u^2 |v|^2, with p the inner products of the current weights with v.
+        lost = torch.addmv(q[k], u_past.T, mixed, alpha=-1).mul_(2).sub_(u[k], alpha=norm / inverse_jj)
+        norms.addcmul_(u[k], lost, value=-1)
+        diagonal.addcmul_(u[k], u[k], value=-1)
+        norms[j], diagonal[j], alive[j] = torch.inf, 1.0, False
+    inverse.addmm_(u.T, u, alpha=-1)
+    half = torch.addmm(q, m, u, alpha=-0.5)
+    products.addmm_(u.T, half, alpha=-1).addmm_(half.T, u, alpha=-1)
 
 
 def refit(
@@ -254,10 +255,11 @@ def refit(
     """The weights on `kept` that minimise the loss, `B_S + H_SS^-1 H_SD B_D` with D what is gone; and the loss."""
     alive = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     alive[kept] = True
+    inside, outside = gram[alive], gram[~alive]
     lost = dense[~alive]
-    pull = gram[alive][:, ~alive] @ lost
-    correction = torch.cholesky_solve(pull, torch.linalg.cholesky(gram[alive][:, alive]))
-    loss = 0.5 * ((lost * (gram[~alive][:, ~alive] @ lost)).sum() - (pull * correction).sum())
+    pull = inside[:, ~alive] @ lost
+    correction = torch.cholesky_solve(pull, torch.linalg.cholesky(inside[:, alive]))
+    loss = 0.5 * ((lost * (outside[:, ~alive] @ lost)).sum() - (pull * correction).sum())
     return dense[alive] + correction, max(loss.item(), 0.0)
 
 

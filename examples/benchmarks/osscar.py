@@ -1,0 +1,109 @@
+"""Times OSSCAR against what it cannot do without, and against AMD Quark's if an interpreter that has it is named.
+
+    python examples/benchmarks/osscar.py MODEL TEXT [--quark PYTHON] [--samples 16] [--length 512] [--width 1280]
+
+Everything is measured in one run, on the same windows and in the same dtype; look at the ratios, not at the seconds.
+"""
+
+import argparse
+import copy
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from optimum_prune import Calibration, Osscar, Progress, Text, layerwise, surgery
+from optimum_prune.anatomy import find_family
+from optimum_prune.calibration import draw
+from optimum_prune.methods.osscar import damped, eliminate
+from optimum_prune.plugins import load
+from optimum_prune.statistics import Gram
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("text")
+    parser.add_argument("--quark", help="an interpreter with amd-quark")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--dtype", default="bfloat16")
+    options = parser.parse_args()
+
+    plugins = load()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
+    family = find_family(model.config, plugins.families)
+    text = Text(text=options.text, samples=options.samples, length=options.length)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    windows, _ = draw(text, Text(samples=0), tokenizer, plugins.sources, seed=0, limit=10**9)
+    dense_width = family.shape(model.config).width
+    step = Osscar(ratio=1 - options.width / dense_width, multiple_of=1)
+
+    forward = seconds(lambda: plain_forward(model, windows))
+    grams, gram_seconds = grams_of(model, family, windows)
+    pruned = copy.deepcopy(model)
+    whole = seconds(lambda: prune(pruned, family, windows, step))
+    eliminating = cholesky = 0.0
+    for layer, gram in zip(family.layers_of(model), grams, strict=True):
+        weight = family.linear(layer, family.feed_forward.output).weight
+        matrix = damped(gram, step.damping)
+        eliminating += seconds(lambda m=matrix, w=weight: eliminate(m, w, options.width))
+        cholesky += seconds(lambda m=matrix: torch.cholesky_inverse(torch.linalg.cholesky(m)))
+
+    print(f"{options.samples} windows of {options.length} tokens, {options.dtype}, {torch.get_num_threads()} threads")
+    print(f"plain forward {forward:.1f} s, X'X of every layer {gram_seconds:.1f} s, the whole pass {whole:.1f} s")
+    print(f"whole pass / (forward + X'X): {whole / (forward + gram_seconds):.2f}")
+    print(f"elimination {eliminating:.1f} s; / (Cholesky + inverse of every layer): {eliminating / cholesky:.2f}")
+    if options.quark:
+        against_quark(options, windows, whole, eliminating)
+
+
+@torch.no_grad()
+def plain_forward(model: torch.nn.Module, windows: Calibration) -> None:
+    for tokens in windows.tokens.split(max(1, layerwise.TOKENS_PER_BATCH // windows.tokens.shape[1])):
+        model.base_model(input_ids=tokens, use_cache=False)
+
+
+def grams_of(model, family, windows):
+    """The gram of every layer of the dense model, and the seconds that went into `X'X` alone."""
+    grams, spent = [], 0.0
+    for visit in layerwise.walk(model, family, windows, Progress(), ""):
+        rows: list[torch.Tensor] = []
+        visit.observe_channels(rows.append)
+        gram = Gram(rows[0].shape[1], rows[0].device)
+        for part in rows:
+            spent += seconds(lambda gram=gram, part=part: gram.add(part))
+        grams.append(gram.value)
+    return grams, spent
+
+
+def prune(model, family, windows, step) -> None:
+    for decision in step.decide(model, family, windows, Progress()):
+        surgery.carry_out(model, family, decision)
+
+
+def against_quark(options, windows, whole, eliminating) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = Path(folder) / "tokens.pt"
+        torch.save(windows.tokens, tokens)
+        script = Path(__file__).with_name("quark_osscar.py")
+        command = [options.quark, script, options.model, tokens, str(options.width), options.dtype]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    quark_whole, quark_eliminating = map(float, output.split()[-2:])
+    print(f"Quark: the whole pass {quark_whole:.1f} s, of which elimination {quark_eliminating:.1f} s")
+    print(f"Quark / ours: the whole pass {quark_whole / whole:.1f}, elimination {quark_eliminating / eliminating:.1f}")
+
+
+if __name__ == "__main__":
+    main()
