@@ -181,7 +181,7 @@ class Visit:
                     batch.run(self.layer, self.index, hidden)
                 # Some layers flatten windows and positions into one axis before their FFN.
                 rows = self._channels[-1].flatten(0, -2)
-                add(rows[batch.mask.flatten().to(rows.device)])
+                add(rows if batch.mask.all() else rows[batch.mask.flatten().to(rows.device)])
         finally:
             for handle in handles:
                 handle.remove()

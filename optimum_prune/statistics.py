@@ -32,7 +32,7 @@ class Gram:
         for start in range(0, rows.shape[1], BLOCK):
             columns = rows[:, start : start + BLOCK]
             self._upper[start : start + BLOCK, start:].addmm_(columns.T, rows[:, start:])
-        self._sum += rows.sum(0, dtype=torch.float64)
+        self._sum += rows.sum(0)
         self.tokens += len(rows)
 
     @property

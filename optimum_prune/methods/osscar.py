@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 LARGEST_MULTIPLE = 64
 PATIENCE = 16
 """Channels in a row that could not be swapped with a gain before the local search ends."""
-PENDING = 64
-"""Eliminations kept as a low-rank factor before the matrices are brought up to date: 32 to 128 are about equally fast."""
+PENDING = 128
+"""Eliminations kept as a low-rank factor before the matrices are brought up to date: 32 to 256 are about equally fast."""
 SHRINK = 0.7
 """The matrices are cut down to what is alive when less than this fraction is."""
 
@@ -150,9 +150,10 @@ class Elimination:
 
 def damped(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
     """`X'X + damping * mean(diag X'X) * I` in float64; for a gram of zeros, as if its mean were 1."""
-    gram = gram.double()
+    gram = gram.to(torch.float64, copy=True)
     mean = gram.diagonal().mean().item() or 1.0
-    return gram + damping * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    gram.diagonal().add_(damping * mean)
+    return gram
 
 
 def eliminate(
@@ -198,8 +199,13 @@ def _survivors(inverse: Float[Tensor, "in in"], products: Float[Tensor, "in in"]
     left = len(indices)
     while left > keep:
         pending = min(max(PENDING // step, 1) * step, left - keep)  # whole steps
-        _eliminate_some(inverse, products, alive, pending, step)
+        u, q, m = _eliminate_some(inverse, products, alive, pending, step)
         left -= pending
+        if left == keep:
+            break
+        inverse.addmm_(u.T, u, alpha=-1)
+        half = torch.addmm(q, m, u, alpha=-0.5)
+        products.addmm_(u.T, half, alpha=-1).addmm_(half.T, u, alpha=-1)
         if left < SHRINK * len(alive):
             inverse, products = inverse[alive][:, alive], products[alive][:, alive]
             indices, alive = indices[alive], alive[alive]
@@ -208,14 +214,17 @@ def _survivors(inverse: Float[Tensor, "in in"], products: Float[Tensor, "in in"]
 
 def _eliminate_some(
     inverse: Float[Tensor, "n n"], products: Float[Tensor, "n n"], alive: Bool[Tensor, " n"], count: int, step: int
-) -> None:
-    """Eliminates `count` of the channels that are `alive`, and brings all three up to date, in place.
+) -> tuple[Float[Tensor, "count n"], Float[Tensor, "count n"], Float[Tensor, "count count"]]:
+    """Eliminates `count` of the channels that are `alive`, which follows in place, while the two matrices stay.
 
-    While they are pending, only three things are needed of the current inverse and weights: the inverse's diagonal, the squared
+    Only three things are needed of the current inverse and weights: the inverse's diagonal, the squared
     norms of the weights' rows, and, for the channel that goes, one column of the inverse and one of the inner products. With U
     the scaled columns of the inverse and V the scaled rows of the weights at the eliminated channels, the inverse has become
     `inverse - U U'` and the weights `W - U V`, so these columns follow from those at the start, U, `Q = W V'` and `M = V V'`:
-    O(n k) for the k-th channel. U and Q are held transposed.
+    O(n k) for the k-th channel.
+
+    Returns:
+        U', Q' and M, by which both matrices can be brought up to date.
     """
     size = len(inverse)
     u, q = inverse.new_empty(count, size), inverse.new_empty(count, size)
@@ -244,9 +253,7 @@ def _eliminate_some(
         norms.addcmul_(u[k], lost, value=-1)
         diagonal.addcmul_(u[k], u[k], value=-1)
         norms[j], diagonal[j], alive[j] = torch.inf, 1.0, False
-    inverse.addmm_(u.T, u, alpha=-1)
-    half = torch.addmm(q, m, u, alpha=-0.5)
-    products.addmm_(u.T, half, alpha=-1).addmm_(half.T, u, alpha=-1)
+    return u, q, m
 
 
 def refit(
