@@ -83,10 +83,8 @@ class Report:
         if self.perplexity is not None:
             before, after = self.perplexity.before, self.perplexity.after
             rows.append(_row("Perplexity", Change(before.value, after.value), lambda x: f"{x:,.2f}"))
-            seconds = Change(
-                *(measured.windows * measured.length / measured.tokens_per_second for measured in (before, after))
-            )
-            rows.append(_row("Seconds to evaluate", seconds, lambda x: f"{x:,.1f}"))
+            seconds = Change(10_000 / before.tokens_per_second, 10_000 / after.tokens_per_second)
+            rows.append(_row("Seconds for 10,000 tokens", seconds, lambda x: f"{x:,.2f}"))
         return rows
 
     def table(self) -> str:
