@@ -125,6 +125,14 @@ class Family:
         """
         return cast(nn.ModuleList, self._find(model, self.layers, (nn.ModuleList,)))
 
+    def module(self, layer: nn.Module, path: str) -> nn.Module:
+        """The module at a path of a decoder layer.
+
+        Raises:
+            FamilyError: it is not there.
+        """
+        return self._find(layer, path, (nn.Module,))
+
     def linear(self, layer: nn.Module, path: str) -> Linear:
         """The linear module at a path of a decoder layer.
 
@@ -182,7 +190,8 @@ def _plugin_for(model_type: str) -> str:
             name="{model_type}",
             model_types=("{model_type}",),
             layers="model.layers",
-            feed_forward=FeedForward(inputs=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj"),
+            attention="self_attn",
+            feed_forward=FeedForward(module="mlp", inputs=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj"),
         )
 
     # pyproject.toml

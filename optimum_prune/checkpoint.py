@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from optimum_prune.progress import Progress
 
+LONGEST_REASON = 300
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 QUIETLY: dict[str, Any] = {
     "_raise_exceptions_for_gated_repo": False,
@@ -376,6 +378,9 @@ def _judge(verification: Verification, expected: Probe, dtype: torch.dtype) -> N
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of an error's text, as a sentence."""
-    line = (str(error).strip() or type(error).__name__).split("\n")[0].strip()
+    """The first line of an error's text, as a sentence; or the whole, if that line only introduces the others."""
+    text = str(error).strip() or type(error).__name__
+    line = text.split("\n")[0].strip()
+    if line.endswith(":"):
+        line = shorten(text, LONGEST_REASON)
     return line if line.endswith((".", "?", "!")) else line + "."

@@ -94,7 +94,7 @@ def compress(
     progress = progress or Progress()
     plugins = load_plugins(hooks)
     check_output(Path(output), overwrite)
-    subject = subject or open_subject(recipe.settings, progress)
+    subject = subject or open_subject(recipe.settings, progress, families=plugins.families)
     with Meter() as meter, staged(Path(output), overwrite, subject.source) as staging:
         family = find_family(subject.config, plugins.families)
         shape = foresee(recipe.passes, family.shape(subject.config))[-1]
@@ -130,16 +130,25 @@ def compress(
     return report
 
 
-def open_subject(settings: Settings, progress: Progress, *, quantized: bool = False) -> Subject:
-    """The model that settings name, opened; `quantized` if one of packed weights will do.
+def open_subject(
+    settings: Settings, progress: Progress, *, families: Iterable[Family] | None = None, quantized: bool = False
+) -> Subject:
+    """The model that settings name, opened.
+
+    Args:
+        families: those of which the model must be; any model will do if not given.
+        quantized: whether a model of packed weights will do.
 
     Raises:
         RecipeError: they name none.
         CheckpointError: it cannot be opened.
+        FamilyError: it is of none of the families.
     """
     if settings.model is None:
         raise RecipeError("No model is named. Give one with --model, or as 'model' in the recipe.")
     opened = checkpoint.open_checkpoint(settings.model, settings.trust_remote_code, quantized=quantized)
+    if families is not None:
+        find_family(opened.config, families)
     load = partial(checkpoint.load, opened, settings.dtype, device_of(settings), progress)
     return Subject(opened.name, opened.source, opened.config, opened.tokenizer(), load, opened.companions())
 

@@ -161,8 +161,8 @@ class Visit:
     @torch.no_grad()
     def observe_channels(self, add: Callable[[Float[Tensor, "tokens channels"]], None]) -> None:
         """Hands `add` the FFN channels' activations, batch by batch, padding left out. To be called once."""
-        attention = self.layer.get_submodule(self._family.attention)
-        output = self.layer.get_submodule(self._family.feed_forward.output)
+        attention = self._family.module(self.layer, self._family.attention)
+        output = self._family.module(self.layer, self._family.feed_forward.output)
 
         def keep_channels(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             self._channels.append(args[0])
@@ -203,16 +203,18 @@ class Visit:
     def _answer_for_blocks(self, stack: ExitStack, attended: Any, channels: Tensor) -> None:
         """Attention answers with what it put out, the FFN with the output projection of the channels."""
         feed_forward = self._family.feed_forward
-        output = self.layer.get_submodule(feed_forward.output)
-        stack.enter_context(_answering(self.layer.get_submodule(self._family.attention), lambda *_, **__: attended))
+        output = self._family.module(self.layer, feed_forward.output)
+        stack.enter_context(
+            _answering(self._family.module(self.layer, self._family.attention), lambda *_, **__: attended)
+        )
         if feed_forward.module is not None:
-            module = self.layer.get_submodule(feed_forward.module)
+            module = self._family.module(self.layer, feed_forward.module)
             stack.enter_context(_answering(module, lambda *_, **__: output(channels)))
             return
         project = output.forward
         nothing = channels[..., :0]
         for path in feed_forward.inputs:
-            stack.enter_context(_answering(self.layer.get_submodule(path), lambda *_, **__: nothing))
+            stack.enter_context(_answering(self._family.module(self.layer, path), lambda *_, **__: nothing))
         stack.enter_context(_answering(output, lambda *_, **__: project(channels)))
 
 

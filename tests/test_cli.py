@@ -620,3 +620,14 @@ def test_the_environment_of_a_run_is_left_alone(cli, llama, text_file, work):
     assert dict(os.environ) == before
     assert torch.get_default_dtype() == state
     assert set(load_file(work / "out" / "model.safetensors"))
+
+
+def test_an_unknown_architecture_is_named_before_anything_else_is_missing(cli, text_file, work):
+    """Even where there is neither a tokenizer nor a weight."""
+    (work / "model").mkdir()
+    (work / "model" / "config.json").write_text(json.dumps({"model_type": "bloom"}))
+    code, _, error = cli("prune", "depth", "--layers", 1, *common(work / "model", text_file), "--output", work / "out")
+    assert code == 1
+    assert "No family describes the architecture 'bloom'" in error
+    assert "@hookimpl" in error
+    assert names(work) == ["model"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import conformance
 import pytest
@@ -186,3 +187,11 @@ def test_a_model_that_runs_a_layer_twice_is_refused(name, subject):
     model.model.forward = twice
     with pytest.raises(FamilyError, match="once, one after the other"):
         layerwise.embed(model, family, tiny.windows(2))
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_a_family_with_a_wrong_path_is_named(name, subject):
+    model, family = subject
+    wrong = dataclasses.replace(family, attention="attn")
+    with pytest.raises(FamilyError, match=r"Family 'llama' expects a Module at 'attn' of LlamaDecoderLayer"):
+        next(visits(model, wrong, tiny.windows(2))).observe_channels(lambda rows: None)
