@@ -125,6 +125,11 @@ class Family:
         """
         return cast(nn.ModuleList, self._find(model, self.layers, (nn.ModuleList,)))
 
+    def put_layers(self, model: PreTrainedModel, layers: nn.ModuleList) -> None:
+        """Puts another list of decoder layers in the place of a model's; its config is not touched."""
+        parent, _, name = self.layers.rpartition(".")
+        setattr(model.get_submodule(parent), name, layers)
+
     def module(self, layer: nn.Module, path: str) -> nn.Module:
         """The module at a path of a decoder layer.
 

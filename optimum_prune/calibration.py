@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from optimum_prune.errors import RecipeError, TextError, unknown
+from optimum_prune.errors import RecipeError, TextError, reason, unknown
 from optimum_prune.hookspecs import hookimpl
 from optimum_prune.options import option
 
@@ -118,6 +118,12 @@ class Calibration:
     ) -> Calibration:
         """Windows without padding."""
         return cls(tokens, torch.ones_like(tokens, dtype=torch.bool), source, bos)
+
+    def batches(self, size: int) -> list[tuple[Int[Tensor, "w length"], Bool[Tensor, "w length"]]]:
+        """Tokens and masks of as many windows at a time as have about `size` tokens; at least one."""
+        windows = max(1, size // self.tokens.shape[1])
+        starts = range(0, len(self.tokens), windows)
+        return [(self.tokens[start : start + windows], self.mask[start : start + windows]) for start in starts]
 
 
 def texts_to_use(calibration: Text, evaluation: Text) -> tuple[Text, Text]:
@@ -271,9 +277,7 @@ def _read_parquet(text: Text) -> Iterator[str]:
     try:
         table = pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise TextError(
-            f"{path} is not a Parquet file that can be read ({_first_line(error)}). Name another."
-        ) from error
+        raise TextError(f"{path} is not a Parquet file that can be read ({reason(error)}). Name another.") from error
     _check_column(text.column, table.schema_arrow.names, text)
     for batch in table.iter_batches(columns=[text.column]):
         yield from (document for document in batch.column(0).to_pylist() if document)
@@ -290,7 +294,7 @@ def _read_hub(text: Text) -> Iterator[str]:
         rows = datasets.load_dataset(name, config, split=split, streaming=streaming)
     except Exception as error:  # whatever the Hub, the network or a dataset's own code may raise
         raise TextError(
-            f"The dataset {text.describe()} cannot be loaded: {_first_line(error)} Check its name, config and split and the "
+            f"The dataset {text.describe()} cannot be loaded: {reason(error)} Check its name, config and split and the "
             f"network, or name a text file."
         ) from error
     names = rows.column_names
@@ -306,11 +310,6 @@ def _check_column(column: str, columns: Iterable[str], text: Text) -> None:
             unknown("column", column, columns, f"Columns of {text.describe()}")
             + " Name one as 'column' in the recipe."
         )
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip() or type(error).__name__).split("\n")[0]
-    return line if line.endswith((".", "?", "!")) else line + "."
 
 
 @hookimpl

@@ -6,14 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from optimum_prune.errors import CheckpointError, FamilyError, OutputError, VerificationError
+from optimum_prune.errors import CheckpointError, FamilyError, OutputError, VerificationError, reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
     from optimum_prune.progress import Progress
 
-LONGEST_REASON = 300
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 QUIETLY: dict[str, Any] = {
     "_raise_exceptions_for_gated_repo": False,
@@ -67,7 +65,7 @@ class Checkpoint:
         try:
             return AutoTokenizer.from_pretrained(self.source, **self.arguments())
         except Exception as error:  # transformers raises many kinds
-            raise CheckpointError(f"The tokenizer of {self.name} cannot be read: {_reason(error)}") from error
+            raise CheckpointError(f"The tokenizer of {self.name} cannot be read: {reason(error)}") from error
 
     def companions(self) -> tuple[Path, ...]:
         """What lies beside the weights of a model that sees or hears: the configs of its processors."""
@@ -106,7 +104,7 @@ def open_checkpoint(model: str, trust_remote_code: bool = False, *, quantized: b
                 f"or allow the checkpoint's own code with --trust-remote-code if it brings some."
             ) from error
         kind = "as a model" if Path(source).is_dir() else "from the Hub, and no folder is called so"
-        raise CheckpointError(f"{model} cannot be opened {kind}: {_reason(error)}") from error
+        raise CheckpointError(f"{model} cannot be opened {kind}: {reason(error)}") from error
     return Checkpoint(model, source, gguf_file, trust_remote_code, config)
 
 
@@ -176,7 +174,7 @@ def load(checkpoint: Checkpoint, dtype: str, device: str, progress: Progress) ->
                 **arguments,
             )
     except Exception as error:
-        raise CheckpointError(f"The weights of {checkpoint.name} cannot be read: {_reason(error)}") from error
+        raise CheckpointError(f"The weights of {checkpoint.name} cannot be read: {reason(error)}") from error
     problems = _key_problems({**info, "unexpected_keys": ()})  # weights that the model has no use for do no harm here
     if problems:
         raise CheckpointError(
@@ -194,7 +192,7 @@ def _check_weight_files(checkpoint: Checkpoint) -> None:
             with safe_open(file, "pt"):
                 pass
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"The weights file {file} is damaged: {_reason(error)} Fetch it again.") from error
+            raise CheckpointError(f"The weights file {file} is damaged: {reason(error)} Fetch it again.") from error
 
 
 def _key_problems(info: Mapping[str, Any]) -> str:
@@ -251,7 +249,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
             _edit_json(folder / "tokenizer_config.json", _with_older_tokenizer_class)
     except Exception as error:  # full disks, and configs that transformers refuses to write
         raise OutputError(
-            f"The checkpoint cannot be written: {_reason(error)} Make room, or name an --output elsewhere."
+            f"The checkpoint cannot be written: {reason(error)} Make room, or name an --output elsewhere."
         ) from error
 
 
@@ -343,7 +341,7 @@ def verify(
                 folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
             )
     except Exception as error:
-        raise VerificationError(f"The saved checkpoint cannot be loaded again: {_reason(error)}") from error
+        raise VerificationError(f"The saved checkpoint cannot be loaded again: {reason(error)}") from error
     problems = _key_problems(info)
     if problems:
         raise VerificationError(f"The saved checkpoint does not fit its config: {problems}.")
@@ -375,12 +373,3 @@ def _judge(verification: Verification, expected: Probe, dtype: torch.dtype) -> N
             f"With a cache, the reloaded model's logits differ from those without by {verification.cached_against_uncached:.3g} of their "
             f"spread, so generation would go wrong. Please report it with the recipe and the architecture."
         )
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an error's text, as a sentence; or the whole, if that line only introduces the others."""
-    text = str(error).strip() or type(error).__name__
-    line = text.split("\n")[0].strip()
-    if line.endswith(":"):
-        line = shorten(text, LONGEST_REASON)
-    return line if line.endswith((".", "?", "!")) else line + "."

@@ -17,7 +17,7 @@ from optimum_prune.anatomy import Family, Shape, find_family, parameters
 from optimum_prune.calibration import Calibration, draw
 from optimum_prune.checkpoint import Probe
 from optimum_prune.cuts import Cuts
-from optimum_prune.errors import OutputError, RecipeError, SurgeryError
+from optimum_prune.errors import OutputError, RecipeError, SurgeryError, reason
 from optimum_prune.evaluation import Perplexity, perplexity
 from optimum_prune.measure import Meter
 from optimum_prune.options import as_plain
@@ -98,7 +98,8 @@ def compress(
     with Meter() as meter, staged(Path(output), overwrite, subject.source) as staging:
         family = find_family(subject.config, plugins.families)
         shape = foresee(recipe.passes, family.shape(subject.config))[-1]
-        texts = texts or _draw(recipe, subject, family, plugins)
+        with progress.libraries():
+            texts = texts or _draw(recipe, subject, family, plugins)
         _check_texts(texts, family.text_config(subject.config))
         _check_disk(staging.root, surgery.reshaped(subject.config, family, shape), recipe.settings)
         pruned = _prune(recipe, subject, family, texts, plugins, staging, progress)
@@ -144,13 +145,23 @@ def open_subject(
         CheckpointError: it cannot be opened.
         FamilyError: it is of none of the families.
     """
-    if settings.model is None:
-        raise RecipeError("No model is named. Give one with --model, or as 'model' in the recipe.")
-    opened = checkpoint.open_checkpoint(settings.model, settings.trust_remote_code, quantized=quantized)
+    opened = open_model(settings, quantized=quantized)
     if families is not None:
         find_family(opened.config, families)
     load = partial(checkpoint.load, opened, settings.dtype, device_of(settings), progress)
     return Subject(opened.name, opened.source, opened.config, opened.tokenizer(), load, opened.companions())
+
+
+def open_model(settings: Settings, *, quantized: bool = False) -> checkpoint.Checkpoint:
+    """The checkpoint that settings name.
+
+    Raises:
+        RecipeError: they name none.
+        CheckpointError: it cannot be opened.
+    """
+    if settings.model is None:
+        raise RecipeError("No model is named. Give one with --model, or as 'model' in the recipe.")
+    return checkpoint.open_checkpoint(settings.model, settings.trust_remote_code, quantized=quantized)
 
 
 def device_of(settings: Settings) -> str:
@@ -165,9 +176,8 @@ def device_of(settings: Settings) -> str:
     try:
         torch.empty(0, device=settings.device)
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).split("\n")[0]
         raise RecipeError(
-            f"The device '{settings.device}' cannot be used: {reason} Use cpu, or a device that torch sees here."
+            f"The device '{settings.device}' cannot be used: {reason(error)} Use cpu, or a device that torch sees here."
         ) from error
     return settings.device
 

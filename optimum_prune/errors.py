@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from textwrap import shorten
+
+LONGEST_REASON = 300
 
 
 class OptimumPruneError(Exception):
@@ -56,3 +59,12 @@ def unknown(kind: str, name: str, known: Iterable[str], noun: str = "Known") -> 
     close = get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     return f"No {kind} is called '{name}'.{hint} {noun}: {', '.join(names) or 'none'}."
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's text, as a sentence; or the whole, if that line only introduces the others."""
+    text = str(error).strip() or type(error).__name__
+    line = text.split("\n")[0].strip()
+    if line.endswith(":"):
+        line = shorten(text, LONGEST_REASON)
+    return line if line.endswith((".", "?", "!")) else line + "."

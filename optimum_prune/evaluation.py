@@ -74,7 +74,7 @@ def perplexity(model: PreTrainedModel, windows: Calibration, progress: Progress)
     """
     device = model.get_input_embeddings().weight.device
     losses, speeds = [], []
-    for tokens, mask in progress.track(_batched(windows), "Evaluating"):
+    for tokens, mask in progress.track(windows.batches(TOKENS_PER_BATCH), "Evaluating"):
         started = time.perf_counter()
         tokens, mask = tokens.to(device), mask.to(device)
         padding = {} if mask.all() else {"attention_mask": mask.long()}
@@ -98,10 +98,3 @@ def perplexity(model: PreTrainedModel, windows: Calibration, progress: Progress)
         dtype=str(model.dtype).removeprefix("torch."),
         tokens_per_second=max(speeds),
     )
-
-
-def _batched(windows: Calibration) -> list[tuple[Tensor, Tensor]]:
-    """Tokens and masks of a few windows at a time."""
-    size = max(1, TOKENS_PER_BATCH // windows.tokens.shape[1])
-    starts = range(0, len(windows.tokens), size)
-    return [(windows.tokens[start : start + size], windows.mask[start : start + size]) for start in starts]

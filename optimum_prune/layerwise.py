@@ -74,14 +74,12 @@ class _StandIn(nn.Module):
 
 @contextmanager
 def _layers_replaced(model: PreTrainedModel, family: Family, layers: Sequence[nn.Module]) -> Iterator[None]:
-    parent_path, _, name = family.layers.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    originals = getattr(parent, name)
-    setattr(parent, name, nn.ModuleList(layers))
+    originals = family.layers_of(model)
+    family.put_layers(model, nn.ModuleList(layers))
     try:
         yield
     finally:
-        setattr(parent, name, originals)
+        family.put_layers(model, originals)
 
 
 @torch.no_grad()
@@ -89,13 +87,11 @@ def embed(
     model: PreTrainedModel, family: Family, calibration: Calibration
 ) -> list[tuple[Batch, Float[Tensor, "windows length hidden"]]]:
     """The calibration windows in batches of about `TOKENS_PER_BATCH` tokens, with the hidden states before the first layer."""
-    size = max(1, TOKENS_PER_BATCH // calibration.tokens.shape[1])
     device = model.get_input_embeddings().weight.device
     shared: dict[int, Sequence[Arguments]] = {}
     stream = []
-    for start in range(0, len(calibration.tokens), size):
-        tokens = calibration.tokens[start : start + size].to(device)
-        mask = calibration.mask[start : start + size].to(device)
+    for tokens, mask in calibration.batches(TOKENS_PER_BATCH):
+        tokens, mask = tokens.to(device), mask.to(device)
         arguments, hidden = _prepare(model, family, tokens, mask)
         if mask.all():  # without padding, the arguments depend on nothing but the batch's shape
             arguments = shared.setdefault(len(tokens), arguments)

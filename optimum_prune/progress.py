@@ -48,10 +48,10 @@ class Progress:
             if transformers_logging.is_progress_bar_enabled():
                 transformers_logging.disable_progress_bar()
                 stack.callback(transformers_logging.enable_progress_bar)
-            if datasets.utils.are_progress_bars_disabled() is False:
+            if not datasets.utils.are_progress_bars_disabled():
                 datasets.utils.disable_progress_bars()
                 stack.callback(datasets.utils.enable_progress_bars)
-            if hub.are_progress_bars_disabled() is False:
+            if not hub.are_progress_bars_disabled():
                 hub.disable_progress_bars()
                 stack.callback(hub.enable_progress_bars)
             # The bar of the .gguf reader has no switch of its own.

@@ -76,8 +76,7 @@ def keep_layers(model: PreTrainedModel, family: Family, kept: Sequence[int]) -> 
     layers = family.layers_of(model)
     _check(kept, len(layers), "decoder layers")
     survivors = nn.ModuleList([layers[index] for index in kept])
-    parent, _, name = family.layers.rpartition(".")
-    setattr(model.get_submodule(parent), name, survivors)
+    family.put_layers(model, survivors)
     for position, layer in enumerate(survivors):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):

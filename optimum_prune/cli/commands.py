@@ -10,7 +10,7 @@ from optimum_prune import checkpoint
 from optimum_prune.anatomy import find_family, parameters
 from optimum_prune.calibration import Text, evaluation_windows
 from optimum_prune.cli.flags import CALIBRATION, SETTINGS, given, overridden
-from optimum_prune.compress import compress, device_of, foresee, length_limit, meta_model, open_subject
+from optimum_prune.compress import compress, device_of, foresee, length_limit, meta_model, open_model, open_subject
 from optimum_prune.errors import RecipeError
 from optimum_prune.evaluation import perplexity
 from optimum_prune.options import build, options_of
@@ -46,9 +46,7 @@ def _compress(recipe: Recipe, arguments: argparse.Namespace) -> None:
 def plan(arguments: argparse.Namespace, plugins: Plugins) -> None:
     """`compress plan`."""
     recipe = overridden(Recipe.from_yaml(arguments.recipe, plugins), arguments)
-    if recipe.settings.model is None:
-        raise RecipeError("No model is named. Give one with --model, or as 'model' in the recipe.")
-    opened = checkpoint.open_checkpoint(recipe.settings.model, recipe.settings.trust_remote_code)
+    opened = open_model(recipe.settings)
     family = find_family(opened.config, plugins.families)
     rows = [("", "stage", "layers", "FFN width", "parameters", "weights")]
     shapes = foresee(recipe.passes, family.shape(opened.config))
@@ -83,9 +81,10 @@ def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:
     if text.samples == 0:
         raise RecipeError("0 windows are asked for, so there is nothing to evaluate. Ask for at least 1.")
     assert subject.tokenizer is not None
-    windows = evaluation_windows(
-        text, subject.tokenizer, plugins.sources, length_limit(subject.config.get_text_config())
-    )
+    with progress.libraries():
+        windows = evaluation_windows(
+            text, subject.tokenizer, plugins.sources, length_limit(subject.config.get_text_config())
+        )
     model = subject.load()
     measured = perplexity(model, windows, progress)
     count = parameters(model)

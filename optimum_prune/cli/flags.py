@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from optimum_prune.calibration import Text
-from optimum_prune.options import build, options_of
+from optimum_prune.options import as_plain, build, options_of
 from optimum_prune.recipe import Recipe, Settings
 
 CALIBRATION = {"text": "text", "dataset": "dataset", "samples": "samples", "length": "length"}
@@ -80,5 +80,4 @@ def overridden(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
 def _updated(instance: Any, values: dict[str, Any], where: str) -> Any:
     if "text" in values or "dataset" in values:  # naming one text unnames the other
         values = {"text": None, "dataset": None, **values}
-    build(type(instance), values, where)
-    return dataclasses.replace(instance, **values)
+    return build(type(instance), {**as_plain(instance), **values}, where)
