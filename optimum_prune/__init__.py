@@ -1,7 +1,8 @@
 """Structured pruning of large language models, as an extension of Hugging Face Optimum."""
 
-from optimum_prune.anatomy import Family, FeedForward, Shape
+from optimum_prune.anatomy import Experts, Family, FeedForward, Heads
 from optimum_prune.calibration import Calibration, Source, Text
+from optimum_prune.checkpoint import load_model
 from optimum_prune.compress import compress
 from optimum_prune.cuts import Cuts, Decision
 from optimum_prune.errors import OptimumPruneError
@@ -13,16 +14,21 @@ from optimum_prune.passes import FolderPass, Outcome, Pass, PrunePass, Stage
 from optimum_prune.progress import Progress
 from optimum_prune.pruner import Pruner
 from optimum_prune.recipe import Recipe, Settings
+from optimum_prune.registration import register_when_imported
 from optimum_prune.report import Report
+from optimum_prune.shape import LayerShape, Shape
 
 __all__ = [
     "Calibration",
     "Cuts",
     "Decision",
     "Depth",
+    "Experts",
     "Family",
     "FeedForward",
     "FolderPass",
+    "Heads",
+    "LayerShape",
     "OptimumPruneError",
     "Osscar",
     "Outcome",
@@ -39,5 +45,8 @@ __all__ = [
     "Text",
     "compress",
     "hookimpl",
+    "load_model",
     "option",
 ]
+
+register_when_imported()

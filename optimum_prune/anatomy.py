@@ -2,32 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from torch import Tensor, nn
 
 from optimum_prune.errors import FamilyError
+from optimum_prune.shape import LayerShape, Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
-class Shape:
-    """The sizes that pruning changes."""
+class Heads:
+    """The heads of an attention. Paths start at the layer.
 
-    layers: int
-    """Decoder layers."""
-    width: int
-    """FFN channels of a layer."""
+    What goes or stays is a key-value head with the query heads that share it; with as many of both, that is a head.
+    """
+
+    inputs: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {
+            "self_attn.q_proj": ("query",),
+            "self_attn.k_proj": ("key",),
+            "self_attn.v_proj": ("value",),
+        }
+    )
+    """Linear modules that put out queries, keys and values: what each puts out, one after the other."""
+    output: str = "self_attn.o_proj"
+    """The linear module whose input features are the heads' outputs."""
+    query_heads: str = "num_attention_heads"
+    """The config field that counts the query heads."""
+    key_value_heads: str = "num_key_value_heads"
+    """The config field that counts the key-value heads."""
+    norms: Mapping[str, str] = field(default_factory=lambda: {"self_attn.q_norm": "query", "self_attn.k_norm": "key"})
+    """Norms behind these inputs; where their weights have an axis of heads, it is cut too."""
+    divide_hidden: bool = False
+    """Whether the config insists that the number of query heads divides the hidden size."""
+
+
+class HeadCounts(NamedTuple):
+    """How many heads a decoder layer has."""
+
+    key_value: int
+    queries: int
+    """Query heads that share a key-value head."""
+    size: int
+    """Features of a head."""
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """The FFN of a decoder layer. Paths start at the layer."""
+    """An FFN of a decoder layer. Paths start at the layer."""
 
     module: str | None = "mlp"
     """The module that is the whole FFN, if there is one."""
@@ -39,8 +67,22 @@ class FeedForward:
     """The config field that counts the channels."""
     parts: int = 1
     """How many stretches of channels each input puts out, one after the other: 2 where gate and up are fused."""
-    hidden_multiple: int | None = None
-    """Where the config's width may be None: how many times the hidden size it then is."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a mixture, all in one module, whose weights have an axis of experts in front."""
+
+    module: str = "mlp.experts"
+    """Path of the module from the layer."""
+    inputs: str = "gate_up_proj"
+    """Its parameter with shape (experts, 2 channels, hidden): gates, then the channels they gate."""
+    output: str = "down_proj"
+    """Its parameter with shape (experts, hidden, channels)."""
+    width: str = "moe_intermediate_size"
+    """The config field that counts the channels of each."""
+    shared: FeedForward | None = None
+    """Experts through which every token goes, as one FFN."""
 
 
 @dataclass(frozen=True)
@@ -101,21 +143,115 @@ class Family:
     """Config fields that are lists with one entry for each decoder layer, where the config has them."""
     thresholds: tuple[str, ...] = ()
     """Config fields t that set the layers with index < t apart from the others."""
+    strides: Mapping[str, str] = field(default_factory=dict)
+    """Config fields n that set the layers n-1, 2n-1, ... apart -> the field that lists layers which are not, nonetheless."""
     attention: str = "self_attn"
     """Path from a decoder layer to its attention."""
+    heads: Heads | None = Heads()
+    """None where a config cannot say that there are fewer heads of the same size."""
     feed_forward: FeedForward = FeedForward()
+    experts: Experts | None = None
+    """Of those layers whose FFN is a mixture of experts."""
 
     def text_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
         """The part of the config that describes the decoder layers."""
         return reduce(getattr, self.config.split("."), config) if self.config else config
 
-    def shape(self, config: PreTrainedConfig) -> Shape:
-        """The shape that a config describes."""
-        text = self.text_config(config)
-        width = getattr(text, self.feed_forward.width)
-        if width is None and self.feed_forward.hidden_multiple is not None:
-            width = self.feed_forward.hidden_multiple * text.hidden_size
-        return Shape(getattr(text, self.depth), width)
+    def shape(self, model: PreTrainedModel) -> Shape:
+        """The shape of a model, with or without storage for its weights.
+
+        Raises:
+            FamilyError: the model does not look as this family says.
+        """
+        text = self.text_config(model.config)
+        layers = tuple(self.layer_shape(layer, text) for layer in self.layers_of(model))
+        total = sum(parameter.numel() for parameter in model.parameters())
+        return Shape(layers, total - sum(layer.parameters for layer in layers))
+
+    def layer_shape(self, layer: nn.Module, config: PreTrainedConfig) -> LayerShape:
+        """The shape of a decoder layer as it is, given the config of the decoder.
+
+        Raises:
+            FamilyError: the layer does not look as this family says.
+        """
+        shape = LayerShape(sum(parameter.numel() for parameter in layer.parameters()))
+        if self.heads is not None:
+            heads, queries, _ = self.head_counts(layer)
+            allowed = (
+                count
+                for count in range(1, heads + 1)
+                if not self.heads.divide_hidden or config.hidden_size % (count * queries) == 0
+            )
+            shape = replace(shape, heads=heads, per_head=self._head_parameters(layer), possible_heads=tuple(allowed))
+        experts = self.experts_of(layer)
+        if experts is None:
+            width, per_channel = self.width_of(layer), self._channel_parameters(layer, self.feed_forward)
+            return replace(shape, width=width, per_channel=per_channel)
+        assert self.experts is not None
+        inputs, output = (cast(Tensor, getattr(experts, name)) for name in (self.experts.inputs, self.experts.output))
+        width = output.shape[2]
+        per_channel = (inputs.numel() + output.numel()) // width
+        if self.experts.shared is not None:
+            shared = self.experts.shared
+            times = self.linear(layer, shared.output).weight.shape[1] // width
+            per_channel += times * self._channel_parameters(layer, shared)
+        return replace(shape, expert_width=width, per_expert_channel=per_channel)
+
+    def fields(self, layer: nn.Module) -> dict[str, int]:
+        """What the config has to say of the sizes of a decoder layer."""
+        fields = {}
+        if self.heads is not None:
+            heads, queries, _ = self.head_counts(layer)
+            fields = {self.heads.key_value_heads: heads, self.heads.query_heads: heads * queries}
+        experts = self.experts_of(layer)
+        if experts is None:
+            return {**fields, self.feed_forward.width: self.width_of(layer)}
+        assert self.experts is not None
+        return {**fields, self.experts.width: cast(Tensor, getattr(experts, self.experts.output)).shape[2]}
+
+    def head_counts(self, layer: nn.Module) -> HeadCounts:
+        """How many heads a decoder layer has, and how large they are."""
+        assert self.heads is not None
+        size = cast(int, self.module(layer, self.attention).head_dim)
+        queries = self.linear(layer, self.heads.output).weight.shape[1] // size
+        rows = sum(self.linear(layer, path).weight.shape[0] for path in self.heads.inputs)
+        heads = (rows // size - queries) // 2
+        return HeadCounts(heads, queries // heads, size)
+
+    def _head_parameters(self, layer: nn.Module) -> int:
+        """Parameters of a key-value head with its query heads."""
+        assert self.heads is not None
+        heads = self.head_counts(layer).key_value
+        linears = [self.linear(layer, path) for path in self.heads.inputs]
+        count = self.linear(layer, self.heads.output).weight.numel()
+        count += sum(linear.weight.numel() + (0 if linear.bias is None else len(linear.bias)) for linear in linears)
+        norms = (self.head_norm(layer, path) for path in self.heads.norms)
+        return (count + sum(weight.numel() for weight in norms if weight is not None)) // heads
+
+    def head_norm(self, layer: nn.Module, path: str) -> Tensor | None:
+        """The weights of a norm that has some for each head, with shape (heads, head_dim)."""
+        try:
+            weight = layer.get_submodule(path).weight
+        except AttributeError:
+            return None
+        return weight if isinstance(weight, Tensor) and weight.ndim == 2 else None
+
+    def _channel_parameters(self, layer: nn.Module, feed_forward: FeedForward) -> int:
+        """Parameters of a channel of an FFN."""
+        size = self.linear(layer, feed_forward.output).weight.shape[0]
+        for path in feed_forward.inputs:
+            linear = self.linear(layer, path)
+            size += feed_forward.parts * (linear.weight.shape[1] + (linear.bias is not None))
+        return size
+
+    def experts_of(self, layer: nn.Module) -> nn.Module | None:
+        """The experts of a decoder layer, if its FFN is a mixture of them."""
+        if self.experts is None:
+            return None
+        try:
+            return layer.get_submodule(self.experts.module)
+        except AttributeError:
+            return None
 
     def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
         """The decoder layers of a model.
@@ -173,7 +309,7 @@ def find_family(config: PreTrainedConfig, families: Iterable[Family]) -> Family:
         FamilyError: no family knows it; the message holds the plugin that would add it.
     """
     known = {model_type: family for family in families for model_type in family.model_types}
-    model_type = config.model_type
+    model_type = getattr(config, "base_model_type", config.model_type)  # of a model whose layers differ
     if model_type in known:
         return known[model_type]
     raise FamilyError(

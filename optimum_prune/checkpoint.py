@@ -183,6 +183,28 @@ def load(checkpoint: Checkpoint, dtype: str, device: str, progress: Progress) ->
     return (model if packed else model.to(device)).eval()
 
 
+def load_model(model: str | Path, **arguments: Any) -> PreTrainedModel:
+    """The model of a folder or Hub id, also one whose layers differ in shape, in evaluation mode and in its own dtype.
+
+    Args:
+        model: the folder, as a run of optimum-prune left it, or a Hub id.
+        arguments: for `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        CheckpointError: weights that cannot be read, or are missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    arguments = {"dtype": "auto", **arguments}
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(model, output_loading_info=True, **arguments)
+    except Exception as error:  # transformers raises many kinds
+        raise CheckpointError(f"The weights of {model} cannot be read: {reason(error)}") from error
+    if problems := _key_problems(info):
+        raise CheckpointError(f"The checkpoint {model} does not fit its config: {problems}.")
+    return loaded.eval()
+
+
 def _check_weight_files(checkpoint: Checkpoint) -> None:
     """Opens each safetensors file of a local checkpoint, so that the broken one is named."""
     if checkpoint.gguf_file or not Path(checkpoint.source).is_dir():

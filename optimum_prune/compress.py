@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from optimum_prune import checkpoint, surgery
-from optimum_prune.anatomy import Family, Shape, find_family, parameters
+from optimum_prune.anatomy import Family, find_family, parameters
 from optimum_prune.calibration import Calibration, draw
 from optimum_prune.checkpoint import Probe
 from optimum_prune.cuts import Cuts
@@ -27,6 +27,7 @@ from optimum_prune.plugins import load as load_plugins
 from optimum_prune.progress import Progress
 from optimum_prune.recipe import Recipe, Settings
 from optimum_prune.report import Change, Report
+from optimum_prune.shape import Shape
 from optimum_prune.staging import Staging, check_output, staged
 
 if TYPE_CHECKING:
@@ -97,11 +98,12 @@ def compress(
     subject = subject or open_subject(recipe.settings, progress, families=plugins.families)
     with Meter() as meter, staged(Path(output), overwrite, subject.source) as staging:
         family = find_family(subject.config, plugins.families)
-        shape = foresee(recipe.passes, family.shape(subject.config))[-1]
+        shape = family.shape(meta_model(subject.config, recipe.settings.trust_remote_code))
+        foreseen = foresee(recipe.passes, shape)[-1]
         with progress.libraries():
             texts = texts or _draw(recipe, subject, family, plugins)
         _check_texts(texts, family.text_config(subject.config))
-        _check_disk(staging.root, surgery.reshaped(subject.config, family, shape), recipe.settings)
+        _check_disk(staging.root, foreseen.parameters * checkpoint.item_size(subject.config, recipe.settings.dtype))
         pruned = _prune(recipe, subject, family, texts, plugins, staging, progress)
         reloaded, verified = checkpoint.verify(
             staging.result,
@@ -126,6 +128,7 @@ def compress(
             calibration=_describe(texts.calibration, recipe.settings.seed),
             verified=verified,
             seconds=meter.seconds,
+            stock=not hasattr(reloaded.config, "pruned"),
         )
         _write(staging.result, replace(recipe, settings=replace(recipe.settings, model=subject.name)), report)
     return report
@@ -228,10 +231,7 @@ def _check_texts(texts: Texts, config: PreTrainedConfig) -> None:
         )
 
 
-def _check_disk(folder: Path, config: PreTrainedConfig, settings: Settings) -> None:
-    needed = parameters(meta_model(config, settings.trust_remote_code))["total"] * checkpoint.item_size(
-        config, settings.dtype
-    )
+def _check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
@@ -298,18 +298,18 @@ def prune(
         SurgeryError: the model's shape is not what the pass foresaw.
     """
     plugins.manager.hook.before_pass(step=step, model=model)
-    expected = step.foresee(family.shape(model.config))
+    expected = step.foresee(family.shape(model))
     cuts, evidence = Cuts(), []
     with Meter() as meter:
         for decision in step.decide(model, family, calibration, progress):
             surgery.carry_out(model, family, decision)
             cuts = cuts.merge(decision.cuts)
             evidence.append(decision.evidence)
-        surgery.settle_width(model, family)
-    found = family.shape(model.config)
-    if found != expected:
+        surgery.settle(model, family)
+    found = family.shape(model)
+    if len(found.layers) != len(expected.layers) or (found.even and expected.even and found != expected):
         raise SurgeryError(
-            f"The pass '{step.name}' left a model of {found} where it foresaw {expected}. Please report it."
+            f"The pass '{step.name}' left a model of {found.describe()} where it foresaw {expected.describe()}. Please report it."
         )
     outcome = Outcome(step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, cuts, tuple(evidence))
     plugins.manager.hook.pass_finished(outcome=outcome)

@@ -21,8 +21,14 @@ class Cuts:
 
     layers: Indices | None = None
     """Kept decoder layers."""
+    heads: Mapping[int, Indices] = field(default_factory=dict)
+    """Layer -> its kept key-value heads, each with the query heads that share it."""
     channels: Mapping[int, Indices] = field(default_factory=dict)
     """Layer -> its kept FFN channels."""
+    experts: Mapping[int, tuple[Indices, ...]] = field(default_factory=dict)
+    """Layer -> of each of its experts in turn, the kept channels: as many of each."""
+    shared: Mapping[int, Indices] = field(default_factory=dict)
+    """Layer -> the kept channels of its shared experts."""
 
     def merge(self, later: Cuts) -> Cuts:
         """Both cuts in one, for cuts that one pass made of different parts of the same model.
@@ -30,28 +36,45 @@ class Cuts:
         Raises:
             SurgeryError: both cut the same part.
         """
-        twice = sorted(self.channels.keys() & later.channels.keys())
-        if twice or (self.layers is not None and later.layers is not None):
-            part = f"the channels of layer {twice[0]}" if twice else "the decoder layers"
-            raise SurgeryError(f"One pass cut {part} twice. Yield one decision for each part of the model.")
-        layers = self.layers if later.layers is None else later.layers
-        return Cuts(layers, {**self.channels, **later.channels})
+        if self.layers is not None and later.layers is not None:
+            raise _cut_twice("the decoder layers")
+        merged = {name: {**getattr(self, name), **getattr(later, name)} for name in PARTS}
+        for name in PARTS:
+            twice = sorted(getattr(self, name).keys() & getattr(later, name).keys())
+            if twice:
+                raise _cut_twice(f"the {name} of layer {twice[0]}")
+        return Cuts(self.layers if later.layers is None else later.layers, **merged)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; index sets are written as ranges, such as "0-18,22-29"."""
-        plain: dict[str, Any] = {}
-        if self.layers is not None:
-            plain["layers"] = ranges(self.layers)
-        if self.channels:
-            plain["channels"] = {str(layer): ranges(kept) for layer, kept in self.channels.items()}
+        plain: dict[str, Any] = {} if self.layers is None else {"layers": ranges(self.layers)}
+        for name in PARTS:
+            if cut := getattr(self, name):
+                plain[name] = {str(layer): _written(kept) for layer, kept in cut.items()}
         return plain
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Cuts:
         """The inverse of `to_json`."""
         layers = plain.get("layers")
-        channels = {int(layer): indices(kept) for layer, kept in plain.get("channels", {}).items()}
-        return cls(None if layers is None else indices(layers), channels)
+        parts = {name: {int(layer): _read(kept) for layer, kept in plain.get(name, {}).items()} for name in PARTS}
+        return cls(None if layers is None else indices(layers), **parts)
+
+
+PARTS = ("heads", "channels", "experts", "shared")
+"""What `Cuts` names by layer."""
+
+
+def _cut_twice(part: str) -> SurgeryError:
+    return SurgeryError(f"One pass cut {part} twice. Yield one decision for each part of the model.")
+
+
+def _written(kept: Any) -> Any:
+    return [ranges(each) for each in kept] if kept and isinstance(kept[0], tuple) else ranges(kept)
+
+
+def _read(kept: Any) -> Any:
+    return tuple(indices(each) for each in kept) if isinstance(kept, list) else indices(kept)
 
 
 @dataclass(frozen=True)

@@ -55,14 +55,40 @@ def next_token_losses(
 
     The float32 copies that the softmax needs are made for a few tokens at a time.
     """
-    tokens, mask = tokens.to(logits.device), mask.to(logits.device)
+    return torch.stack([token_losses(*window).double().sum() for window in zip(logits, tokens, mask, strict=True)])
+
+
+def token_losses(
+    logits: Float[Tensor, "t v"], tokens: Int[Tensor, " t"], mask: Bool[Tensor, " t"]
+) -> Float[Tensor, " counted"]:
+    """The negative log-likelihood of each token of a window after the first, in nats, padding left out."""
+    counted = mask[1:].to(logits.device)
     positions = max(1, LOGITS_PER_CHUNK // logits.shape[-1])
-    totals = []
-    for scores, targets, counted in zip(logits[:, :-1], tokens[:, 1:], mask[:, 1:], strict=True):
-        chunks = zip(scores.split(positions), targets.split(positions), strict=True)
-        losses = torch.cat([cross_entropy(some.float(), target, reduction="none") for some, target in chunks])
-        totals.append(losses[counted].double().sum())
-    return torch.stack(totals)
+    starts = range(0, len(tokens) - 1, positions)
+    chunks = ((logits[:-1][start : start + positions], tokens[1:][start : start + positions]) for start in starts)
+    losses = (cross_entropy(some.float(), target.to(some.device), reduction="none") for some, target in chunks)
+    return torch.cat(list(losses))[counted]
+
+
+class Reference:
+    """What a model predicts somewhere, to tell how far other predictions there are from it."""
+
+    def __init__(self, logits: Float[Tensor, "tokens v"]) -> None:
+        self._pieces = max(1, logits.numel() // LOGITS_PER_CHUNK)
+        self._probabilities = []
+        self._negative_entropy = 0.0
+        for some in logits.chunk(self._pieces):
+            log_probabilities = some.float().log_softmax(-1)
+            self._probabilities.append(log_probabilities.exp().flatten())
+            self._negative_entropy += torch.vdot(self._probabilities[-1], log_probabilities.flatten()).item()
+
+    def divergence(self, logits: Float[Tensor, "tokens v"]) -> float:
+        """The Kullback-Leibler divergence of the reference from these predictions, in nats, summed over tokens."""
+        crossed = (
+            torch.vdot(probabilities, some.float().log_softmax(-1).flatten()).item()
+            for probabilities, some in zip(self._probabilities, logits.chunk(self._pieces), strict=True)
+        )
+        return self._negative_entropy - sum(crossed)
 
 
 @torch.no_grad()

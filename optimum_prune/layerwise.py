@@ -7,10 +7,10 @@ its model gives it: sliding layers their own mask, local layers their own rotary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,13 +84,13 @@ def _layers_replaced(model: PreTrainedModel, family: Family, layers: Sequence[nn
 
 @torch.no_grad()
 def embed(
-    model: PreTrainedModel, family: Family, calibration: Calibration
+    model: PreTrainedModel, family: Family, calibration: Calibration, tokens_at_once: int | None = None
 ) -> list[tuple[Batch, Float[Tensor, "windows length hidden"]]]:
-    """The calibration windows in batches of about `TOKENS_PER_BATCH` tokens, with the hidden states before the first layer."""
+    """The calibration windows in batches of about so many tokens, `TOKENS_PER_BATCH` if not given, before the first layer."""
     device = model.get_input_embeddings().weight.device
     shared: dict[int, Sequence[Arguments]] = {}
     stream = []
-    for tokens, mask in calibration.batches(TOKENS_PER_BATCH):
+    for tokens, mask in calibration.batches(tokens_at_once or TOKENS_PER_BATCH):
         tokens, mask = tokens.to(device), mask.to(device)
         arguments, hidden = _prepare(model, family, tokens, mask)
         if mask.all():  # without padding, the arguments depend on nothing but the batch's shape
@@ -134,16 +134,31 @@ def logits(
     return output
 
 
+@torch.no_grad()
+def run_layers(
+    model: PreTrainedModel, family: Family, batch: Batch, hidden: Float[Tensor, "w t h"], start: int
+) -> Float[Tensor, "w t h"]:
+    """Hidden states behind the last layer, from those before layer `start`."""
+    for index, layer in enumerate(family.layers_of(model)[start:], start):
+        hidden = batch.run(layer, index, hidden)
+    return hidden
+
+
 class _Reached(Exception):
     """A layer has got as far as it was to run."""
+
+
+Add = Callable[["Float[Tensor, 'tokens features']"], None]
+"""What is done with the rows of activations that a visit observes."""
 
 
 class Visit:
     """A decoder layer, and the hidden states that reach it.
 
-    A visit evaluates each part of the layer once. `observe_channels` runs the layer as far as the inputs of the FFN's output
-    projection and keeps these and what attention put out; when the visit ends, the layer is run again with both given, so that
-    only norms, residual sums and the output projection, as it is by then, are computed.
+    A visit evaluates each dense part of the layer once. `observe_heads` runs the layer as far as the inputs of attention's output
+    projection, `observe_channels` as far as those of the FFN's, and keeps what it has seen; whatever runs afterwards, such as the
+    layer's end when the visit is left, is given that instead of computing it again. So only norms, residual sums and the
+    output projections, as they are by then, are computed twice. Of a mixture, the experts are run again.
     """
 
     def __init__(self, index: int, layer: nn.Module, family: Family, stream: list[tuple[Batch, Tensor]]) -> None:
@@ -151,58 +166,146 @@ class Visit:
         self.layer = layer
         self.stream = stream
         self._family = family
+        self._batch = stream[0][0]
+        self._left = False
+        self._heads: list[Tensor] = []
         self._attended: list[Any] = []
         self._channels: list[Tensor] = []
 
     @torch.no_grad()
-    def observe_channels(self, add: Callable[[Float[Tensor, "tokens channels"]], None]) -> None:
-        """Hands `add` the FFN channels' activations, batch by batch, padding left out. To be called once."""
-        attention = self._family.module(self.layer, self._family.attention)
-        output = self._family.module(self.layer, self._family.feed_forward.output)
+    def observe_heads(self, add: Add) -> None:
+        """Hands `add` the outputs of the attention heads, batch by batch, padding left out. To be called once, and first."""
+        assert self._family.heads is not None
+        self._heads = list(self._inputs_of(self._family.heads.output, add))
 
-        def keep_channels(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._channels.append(args[0])
-            raise _Reached
+    @torch.no_grad()
+    def observe_channels(self, add: Add) -> None:
+        """Hands `add` the FFN channels' activations likewise. To be called once."""
+        self._channels = list(self._inputs_of(self._family.feed_forward.output, add))
 
-        def keep_attended(_: nn.Module, __: object, result: Any) -> None:
-            self._attended.append(result)
+    @torch.no_grad()
+    def observe_experts(self, add: Callable[[int, Tensor], None], add_shared: Add | None) -> None:
+        """Hands `add` an expert's number and its channels' activations for the tokens that are routed to it, each weighted as
+        the router weights it; and `add_shared` those of the shared experts. Both batch by batch, padding left out.
+        """
+        experts, family = self._family.experts_of(self.layer), self._family.experts
+        assert experts is not None
+        assert family is not None
+        apply_gate: Callable[[Tensor], Tensor] = experts._apply_gate  # type: ignore[assignment]  # a method, not a module
 
-        handles = [
-            output.register_forward_pre_hook(keep_channels),
-            attention.register_forward_hook(keep_attended),
-        ]
-        try:
-            for batch, hidden in self.stream:
-                with suppress(_Reached):
-                    batch.run(self.layer, self.index, hidden)
-                # Some layers flatten windows and positions into one axis before their FFN.
-                rows = self._channels[-1].flatten(0, -2)
-                add(rows if batch.mask.all() else rows[batch.mask.flatten().to(rows.device)])
-        finally:
-            for handle in handles:
-                handle.remove()
+        def hear_experts(_: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> None:
+            hidden, chosen, weights = (*args, *kwargs.values())
+            mask = self._batch.mask.flatten().to(hidden.device)
+            for expert, matrix in enumerate(getattr(experts, family.inputs)):
+                token, place = torch.where((chosen == expert) & mask[:, None])
+                channels = apply_gate(nn.functional.linear(hidden[token], matrix))
+                add(expert, channels.float() * weights[token, place, None].float())
+
+        def hear_shared(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            assert add_shared is not None
+            add_shared(self._unpadded(args[0]))
+
+        with ExitStack() as stack:
+            stack.callback(experts.register_forward_pre_hook(hear_experts, with_kwargs=True).remove)
+            if family.shared is not None and add_shared is not None:
+                shared = self._family.module(self.layer, family.shared.output)
+                stack.callback(shared.register_forward_pre_hook(hear_shared).remove)
+            for position in range(len(self.stream)):
+                self._run(position)
+
+    def narrow_heads(self, kept: Sequence[int]) -> None:
+        """Keeps only these of the observed heads, as the cut of this layer will: before it is made."""
+        counts = self._family.head_counts(self.layer)
+        size = counts.queries * counts.size
+        index = (torch.tensor(kept)[:, None] * size + torch.arange(size)).flatten()
+        self._heads = [heads[..., index.to(heads.device)] for heads in self._heads]
 
     def narrow(self, kept: Sequence[int]) -> None:
-        """Keeps only these of the observed channels, as the cut of this layer will."""
+        """Keeps only these of the observed channels, likewise."""
         index = torch.tensor(kept)
         self._channels = [channels[..., index.to(channels.device)] for channels in self._channels]
 
-    def leave(self) -> None:
-        """Moves the stream behind the layer as it is now."""
-        for position, (batch, hidden) in enumerate(self.stream):  # in place: one layer's hidden states are ever held
-            with ExitStack() as stack:
-                if self._channels:
-                    self._answer_for_blocks(stack, self._attended[position], self._channels[position])
-                self.stream[position] = (batch, batch.run(self.layer, self.index, hidden))
-        self._attended, self._channels = [], []
+    def outputs(self) -> Iterator[tuple[Float[Tensor, "tokens channels"], Float[Tensor, "w t h"]]]:
+        """The observed channels as rows, and the hidden states behind the layer as it is, batch by batch, with padding."""
+        for position, channels in enumerate(self._channels):
+            yield channels.flatten(0, -2), self._run(position)
 
-    def _answer_for_blocks(self, stack: ExitStack, attended: Any, channels: Tensor) -> None:
-        """Attention answers with what it put out, the FFN with the output projection of the channels."""
+    @torch.no_grad()
+    def adds_output(self) -> bool:
+        """Whether what the FFN's output projection puts out is added to the hidden states as it is, with no norm behind.
+
+        If it is, the layer's output itself, added to that, doubles the layer's output.
+        """
+        output = self._family.module(self.layer, self._family.feed_forward.output)
+        project, plain = output.forward, self._run(0)
+        with _answering(output, lambda channels: project(channels) + plain.view_as(project(channels))):
+            doubled = self._run(0)
+        return torch.allclose(doubled.float(), 2 * plain.float(), rtol=0.05, atol=0.05 * plain.abs().max().item())
+
+    def leave(self) -> None:
+        """Moves the stream behind the layer as it is now, once."""
+        if self._left:
+            return
+        self._left = True
+        for position, (batch, _) in enumerate(self.stream):  # in place: one layer's hidden states are ever held
+            self.stream[position] = (batch, self._run(position, remember=False))
+        self._heads, self._attended, self._channels = [], [], []
+
+    def _inputs_of(self, path: str, add: Add) -> Iterator[Tensor]:
+        """Runs each batch as far as a linear module of the layer, and yields what reaches it."""
+        reached: list[Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            reached.append(args[0])
+            raise _Reached
+
+        handle = self._family.module(self.layer, path).register_forward_pre_hook(stop)
+        try:
+            for position in range(len(self.stream)):
+                with suppress(_Reached):
+                    self._run(position)
+                add(self._unpadded(reached[-1]))
+                yield reached.pop()
+        finally:
+            handle.remove()
+
+    def _unpadded(self, activations: Float[Tensor, "... features"]) -> Float[Tensor, "tokens features"]:
+        """As rows; some layers flatten windows and positions into one axis before their FFN."""
+        rows, mask = activations.flatten(0, -2), self._batch.mask
+        return rows if mask.all() else rows[mask.flatten().to(rows.device)]
+
+    @torch.no_grad()
+    def _run(self, position: int, *, remember: bool = True) -> Tensor:
+        """Hidden states of a batch behind the layer; what was computed before is not computed again."""
+        batch, hidden = self.stream[position]
+        self._batch = batch
+        attention = self._family.module(self.layer, self._family.attention)
+        with ExitStack() as stack:
+            if position < len(self._attended):
+                attended = self._attended[position]
+                stack.enter_context(_answering(attention, lambda *_, **__: attended))
+            elif position < len(self._heads):
+                stack.enter_context(_answering(attention, lambda *_, **__: self._attend(position)))
+            elif remember:
+                stack.callback(attention.register_forward_hook(self._keep_attended).remove)
+            if position < len(self._channels):
+                self._answer_for_channels(stack, self._channels[position])
+            return batch.run(self.layer, self.index, hidden)
+
+    def _keep_attended(self, _: nn.Module, __: object, result: Any) -> None:
+        self._attended.append(result)
+
+    def _attend(self, position: int) -> tuple[Tensor, None]:
+        """What attention puts out, from the outputs of its heads; attentions of transformers put out their weights as well."""
+        assert self._family.heads is not None
+        output = self._family.module(self.layer, self._family.heads.output)
+        self._attended.append((output(self._heads[position]), None))
+        return cast("tuple[Tensor, None]", self._attended[-1])
+
+    def _answer_for_channels(self, stack: ExitStack, channels: Tensor) -> None:
+        """The FFN answers with the output projection of the channels."""
         feed_forward = self._family.feed_forward
         output = self._family.module(self.layer, feed_forward.output)
-        stack.enter_context(
-            _answering(self._family.module(self.layer, self._family.attention), lambda *_, **__: attended)
-        )
         if feed_forward.module is not None:
             module = self._family.module(self.layer, feed_forward.module)
             stack.enter_context(_answering(module, lambda *_, **__: output(channels)))
@@ -250,7 +353,7 @@ def walk(
 
 
 def _check_finite(stream: list[tuple[Batch, Tensor]], what: str) -> None:
-    if not all(hidden.isfinite().all() for _, hidden in stream):
+    if not all(torch.stack(torch.aminmax(hidden)).isfinite().all() for _, hidden in stream):
         raise NumericalError(
             f"{what} of the model puts out values that are not finite. Look for NaN or infinity in its weights, or compute "
             f"in bfloat16 or float32 instead of float16."

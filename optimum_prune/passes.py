@@ -15,9 +15,10 @@ from optimum_prune.cuts import Cuts, Decision
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from optimum_prune.anatomy import Family, Shape
+    from optimum_prune.anatomy import Family
     from optimum_prune.calibration import Calibration
     from optimum_prune.progress import Progress
+    from optimum_prune.shape import Shape
 
 
 class Stage(IntEnum):
@@ -62,6 +63,8 @@ class PrunePass(Pass):
     @abstractmethod
     def foresee(self, shape: Shape) -> Shape:
         """The shape that the model will have afterwards, from the shape before; reads no weight.
+
+        Where a search decides which layers go or how wide each becomes, it is a shape of that size.
 
         Raises:
             RecipeError: the options ask for more than a model of this shape has.

@@ -42,6 +42,8 @@ class Report:
     verified: Verification
     seconds: float
     """Wall-clock time of the whole run."""
+    stock: bool = True
+    """Whether stock transformers reads it; where layers differ in shape, it needs the modelling file beside the weights."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in `report.json`."""
@@ -54,6 +56,7 @@ class Report:
             "calibration": dict(self.calibration),
             "passes": [_pass_to_dict(outcome) for outcome in self.passes],
             "verified": asdict(self.verified),
+            "stock": self.stock,
             "seconds": self.seconds,
             "versions": versions(),
         }
@@ -98,8 +101,9 @@ class Report:
         ]
         if self.perplexity is not None:
             notes.append(f"Perplexity on {describe(self.perplexity.after)}")
+        how = "stock transformers" if self.stock else "optimum_prune (its layers differ in shape)"
         notes.append(
-            f"Reloaded with stock transformers: logits differ by {self.verified.max_logit_difference:.2g}, "
+            f"Reloaded with {how}: logits differ by {self.verified.max_logit_difference:.2g}, "
             f"with a cache by {self.verified.max_logit_difference_with_cache:.2g}"
         )
         return [*notes, f"{self.seconds:,.1f} s in all"]
@@ -118,12 +122,17 @@ class Report:
                 "",
                 f"# {_short_name(self.model)}, compressed",
                 "",
-                f"Made from `{_short_name(self.model)}` by optimum-prune. It loads in stock transformers:",
+                f"Made from `{_short_name(self.model)}` by optimum-prune. "
+                + (
+                    "It loads in stock transformers:"
+                    if self.stock
+                    else "Its layers differ in shape: it loads by the modelling file beside its weights, or after `import optimum_prune`:"
+                ),
                 "",
                 "```python",
                 "from transformers import AutoModelForCausalLM, AutoTokenizer",
                 "",
-                'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+                f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{"" if self.stock else ", trust_remote_code=True"})',
                 'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
                 "```",
                 "",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +17,22 @@ BLOCK = 512
 """A gram is symmetric, so only the blocks on and above its diagonal are computed; smaller ones multiply more slowly."""
 
 
+@contextmanager
+def _multiplied_as(dtype: torch.dtype) -> Iterator[None]:
+    """Lets a CPU multiply float32 numbers that are bfloat16 in truth by its faster bfloat16 products, summed in float32.
+
+    The products are exact, so nothing is lost; where a CPU has no such products, nothing changes.
+    """
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # documented, but not declared
+    before = settings.fp32_precision
+    if dtype == torch.bfloat16:
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
 class Gram:
     """`X'X` of the activations at one place, summed over tokens, in float32 whatever the dtype of the activations.
 
@@ -23,15 +41,17 @@ class Gram:
 
     def __init__(self, features: int, device: torch.device) -> None:
         self._upper = torch.zeros(features, features, device=device)  # what lies left of the diagonal blocks stays 0
+        self.features = features
         self._sum = torch.zeros(features, dtype=torch.float64, device=device)
         self.tokens = 0
 
     def add(self, activations: Float[Tensor, "tokens features"]) -> None:
         """Adds the outer products of these rows."""
         rows = activations.to(torch.float32)
-        for start in range(0, rows.shape[1], BLOCK):
-            columns = rows[:, start : start + BLOCK]
-            self._upper[start : start + BLOCK, start:].addmm_(columns.T, rows[:, start:])
+        with _multiplied_as(activations.dtype):
+            for start in range(0, rows.shape[1], BLOCK):
+                columns = rows[:, start : start + BLOCK]
+                self._upper[start : start + BLOCK, start:].addmm_(columns.T, rows[:, start:])
         self._sum += rows.sum(0)
         self.tokens += len(rows)
 
@@ -49,3 +69,32 @@ class Gram:
     def value(self) -> Float[Tensor, "features features"]:
         """The gram so far."""
         return self._upper.triu() + self._upper.triu(1).T
+
+
+class Cross:
+    """`X'E` of activations and of what is lacking elsewhere, summed over tokens."""
+
+    def __init__(self, features: int, lacking: int, device: torch.device) -> None:
+        self._value = torch.zeros(features, lacking, device=device)
+        self._sum = torch.zeros(lacking, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, activations: Float[Tensor, "tokens features"], lack: Float[Tensor, "tokens lacking"]) -> None:
+        """Adds the outer products of these rows."""
+        self._value.addmm_(activations.float().T, lack.float())
+        self._sum += lack.sum(0)
+        self.tokens += len(lack)
+
+    @property
+    def mean(self) -> Float[Tensor, " lacking"]:
+        """The mean of what is lacking, float64."""
+        return self._sum / max(self.tokens, 1)
+
+    @property
+    def value(self) -> Float[Tensor, "features lacking"]:
+        """The products so far, float64."""
+        return self._value.double()
+
+    def centered(self, gram: Gram) -> Float[Tensor, "features lacking"]:
+        """Those of the activations less their mean, which is that of their gram."""
+        return self.value - self.tokens * torch.outer(gram.mean, self.mean)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -52,23 +52,82 @@ def with_layers_skipped(model: PreTrainedModel, family: Family, gone: Iterable[i
 
 
 @torch.no_grad()
-def with_channels_masked(
-    model: PreTrainedModel, family: Family, kept: Mapping[int, Sequence[int]], windows: Calibration
-) -> Tensor:
-    """Logits of the whole model, where the other FFN channels' outgoing weights are zero."""
+def with_masked(model: PreTrainedModel, family: Family, cuts: Cuts, windows: Calibration) -> Tensor:
+    """Logits of the whole model, where the outgoing weights of all heads and channels that are cut are zero."""
     with ExitStack() as stack:
-        for index, channels in kept.items():
-            weight = family.linear(family.layers_of(model)[index], family.feed_forward.output).weight
+        for weight, kept in _outgoing(model, family, cuts):
             stack.callback(lambda weight, dense: weight.copy_(dense), weight, weight.clone())
             gone = torch.ones(weight.shape[1], dtype=torch.bool)
-            gone[list(channels)] = False
+            gone[list(kept)] = False
             weight[:, gone] = 0
         return logits(model, windows)
 
 
+def _outgoing(model: PreTrainedModel, family: Family, cuts: Cuts) -> Iterator[tuple[Tensor, Sequence[int]]]:
+    """Weights of shape (out, in), each with its inputs that stay."""
+    layers = family.layers_of(model)
+    for index, kept in cuts.heads.items():
+        features = features_of_heads(layers[index], family, kept)
+        yield family.linear(layers[index], family.heads.output).weight, features
+    for index, kept in cuts.channels.items():
+        yield family.linear(layers[index], family.feed_forward.output).weight, kept
+    for index, experts in cuts.experts.items():
+        weights = getattr(family.experts_of(layers[index]), family.experts.output)
+        yield from zip(weights.detach(), experts, strict=True)
+    for index, kept in cuts.shared.items():
+        yield family.linear(layers[index], family.experts.shared.output).weight, kept
+
+
+def features_of_heads(layer: nn.Module, family: Family, kept: Sequence[int]) -> list[int]:
+    """Inputs of attention's output projection that belong to these key-value heads."""
+    counts = family.head_counts(layer)
+    size = counts.queries * counts.size
+    return [head * size + feature for head in kept for feature in range(size)]
+
+
+Choose = Callable[[int, int], tuple[int, ...]]
+"""Which are kept, of how many, how many of them."""
+
+
+def first(count: int, keep: int) -> tuple[int, ...]:
+    return tuple(range(keep))
+
+
+def at_random(seed: int) -> Choose:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda count, keep: tuple(torch.randperm(count, generator=generator)[:keep].sort().values.tolist())
+
+
+def cuts_to(
+    model: PreTrainedModel,
+    family: Family,
+    choose: Choose,
+    *,
+    heads: int | None = None,
+    width: int | None = None,
+    expert_width: int | None = None,
+) -> Cuts:
+    """Cuts of every layer to these sizes, as far as it has such parts."""
+    cuts = Cuts()
+    for index, (layer, shape) in enumerate(zip(family.layers_of(model), family.shape(model).layers, strict=True)):
+        if heads is not None and shape.heads:
+            cuts = cuts.merge(Cuts(heads={index: choose(shape.heads, heads)}))
+        if width is not None and shape.width:
+            cuts = cuts.merge(Cuts(channels={index: choose(shape.width, width)}))
+        if expert_width is not None and shape.expert_width:
+            number = len(getattr(family.experts_of(layer), family.experts.output))
+            kept = tuple(choose(shape.expert_width, expert_width) for _ in range(number))
+            cuts = cuts.merge(Cuts(experts={index: kept}))
+            if family.experts.shared is not None:
+                whole = family.linear(layer, family.experts.shared.output).weight.shape[1]
+                fewer = expert_width * whole // shape.expert_width
+                cuts = cuts.merge(Cuts(shared={index: choose(whole, fewer)}))
+    return cuts
+
+
 def cut(model: PreTrainedModel, family: Family, cuts: Cuts) -> None:
     surgery.carry_out(model, family, Decision(cuts))
-    surgery.settle_width(model, family)
+    surgery.settle(model, family)
 
 
 def pruned(step: PrunePass, model: PreTrainedModel, family: Family, windows: Calibration, plugins: Plugins) -> Outcome:

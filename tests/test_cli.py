@@ -186,11 +186,42 @@ def test_plan_tells_shapes_and_sizes_and_writes_nothing(cli, llama, work):
     assert (code, error) == (0, "")
     rows = [line.split() for line in out.splitlines()[1:]]
     assert [row[:-4] for row in rows] == [
-        ["as", "it", "is", "6", "64"],
-        ["osscar", "PRUNE", "6", "48"],
-        ["depth", "PRUNE", "4", "48"],
+        ["as", "it", "is", "6", "2", "64"],
+        ["osscar", "PRUNE", "6", "2", "48"],
+        ["depth", "PRUNE", "4", "2", "48"],
     ]
     assert names(work) == ["model", "recipe.yaml"]
+
+
+@pytest.fixture
+def mixture(checkpoints):
+    return checkpoints("qwen3_moe")
+
+
+def test_plan_tells_the_range_where_layers_differ(llama, mixture, cli, work):
+    recipe = recipe_file(work, "passes: [osscar: {ratio: 0.5, head_ratio: 0.5, protect: [0, 5]}]")
+    code, out, error = cli("compress", "plan", recipe, "--model", llama)
+    assert (code, error) == (0, "")
+    assert "1-2 (1.333 on average)" in out
+    assert "32-64 (42.67 on average)" in out
+    recipe = recipe_file(work, "passes: [osscar: {ratio: 0.5}]")
+    code, out, error = cli("compress", "plan", recipe, "--model", mixture)
+    assert (code, error) == (0, "")
+    before, after = out.splitlines()[1:]
+    assert "64, experts 24" in before
+    assert re.search(r"32, experts (8|16) ", after)
+
+
+def test_a_model_whose_layers_differ_is_pruned_and_evaluated(cli, llama, text_file, work):
+    flags = ["--ratio", 0.5, "--head-ratio", 0.5, "--protect", 0, 5]
+    code, _, error = cli("prune", "osscar", *flags, "--output", work / "out", *common(llama, text_file))
+    assert (code, error) == (0, "")
+    report = json.loads((work / "out" / "compression" / "report.json").read_text())
+    code, out, error = cli(
+        "compress", "evaluate", work / "out", "--text", text_file, "--samples", 3, "--length", 32, "--json"
+    )
+    assert (code, error) == (0, "")
+    assert json.loads(out)["parameters"] == report["parameters"]["after"]
 
 
 def test_plan_refuses_what_run_would_refuse(cli, llama, work):

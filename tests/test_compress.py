@@ -157,7 +157,7 @@ def test_the_cuts_replay_to_the_same_structure(done, llama, plugins):
     for cuts in (osscar, depth):
         conformance.cut(model, family, Cuts.from_json(cuts))
     saved = AutoModelForCausalLM.from_pretrained(output)
-    assert family.shape(model.config) == family.shape(saved.config)
+    assert family.shape(model) == family.shape(saved)
     for name, weight in saved.state_dict().items():
         if "down_proj" not in name:
             assert torch.equal(weight, model.state_dict()[name])
@@ -476,3 +476,56 @@ def test_the_processor_of_a_model_that_sees_goes_along(llama, text_file, tmp_pat
     (folder / "preprocessor_config.json").write_text("{}")
     compress(recipe_for(folder, text_file, evaluation=Text(samples=0)), tmp_path / "out")
     assert (tmp_path / "out" / "preprocessor_config.json").read_text() == "{}"
+
+
+@pytest.fixture(scope="module", params=["llama", "deepseek_v3"])
+def odd(request, checkpoints, text_file, tmp_path_factory):
+    """A dense model, the folder of one whose layers differ in shape, and the report."""
+    heads = None if request.param in tiny.WITHOUT_HEADS else 0.5
+    step = Osscar(ratio=0.5, head_ratio=heads, protect=(0, 3))
+    output = tmp_path_factory.mktemp("odd") / "out"
+    return (
+        checkpoints(request.param),
+        output,
+        compress(recipe_for(checkpoints(request.param), text_file, step), output),
+    )
+
+
+def test_a_model_whose_layers_differ_is_compressed_reported_and_verified(odd):
+    dense, output, _ = odd
+    plain = report_of(output)
+    found = AutoModelForCausalLM.from_pretrained(output)
+    assert plain["parameters"]["after"] == sum(parameter.numel() for parameter in found.parameters())
+    assert plain["parameters"]["after"] < plain["parameters"]["before"]
+    assert plain["verified"]["max_logit_difference"] == 0
+    assert (output / "modeling_pruned.py").is_file()
+    (step,) = plain["passes"]
+    assert list(step["options"]["protect"]) == [0, 3]
+    assert {decision["layer"] for decision in step["decisions"]} == {1, 2, 4, 5}
+    assert AutoTokenizer.from_pretrained(output)("a").input_ids == AutoTokenizer.from_pretrained(dense)("a").input_ids
+
+
+def test_cuts_of_every_part_replay_to_the_same_structure(odd, plugins):
+    dense, output, _ = odd
+    (plain,) = json.loads((output / "compression" / "cuts.json").read_text())
+    plain.pop("pass")
+    cuts = Cuts.from_json(plain)
+    assert cuts.to_json() == plain
+    assert {"experts", "shared"} <= set(plain) if "deepseek" in str(dense) else {"heads", "channels"} <= set(plain)
+    model, saved = AutoModelForCausalLM.from_pretrained(dense), AutoModelForCausalLM.from_pretrained(output)
+    family = find_family(model.config, plugins.families)
+    conformance.cut(model, family, cuts)
+    assert family.shape(model) == family.shape(saved)
+    assert type(model) is type(saved)
+    refitted = ("down_proj", "o_proj")
+    for name, weight in saved.state_dict().items():
+        if not any(part in name for part in refitted):
+            assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_a_model_whose_layers_differ_is_compressed_again(odd, text_file, tmp_path):
+    _, output, report = odd
+    again = compress(recipe_for(output, text_file, Osscar(ratio=0.4), Depth(layers=1)), tmp_path / "again")
+    assert again.parameters.before == report.parameters.after
+    assert again.parameters.after < again.parameters.before
+    assert again.verified.max_logit_difference == 0

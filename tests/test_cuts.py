@@ -29,6 +29,10 @@ def test_ranges_sort():
         Cuts(layers=(0, 1, 4)),
         Cuts(channels={0: (1, 2, 9), 3: (0,)}),
         Cuts(layers=(2,), channels={11: tuple(range(0, 64, 2))}),
+        Cuts(heads={0: (0,), 12: (1, 2, 5)}),
+        Cuts(experts={3: ((0, 1, 2), (1, 5, 6)), 4: ((7,), (0,))}, shared={3: (0, 4, 5), 4: (2,)}),
+        Cuts(experts={3: ((0, 8),)}),
+        Cuts((0, 3), {0: (1,)}, {3: (2, 3)}, {5: ((0,), (1,))}, {5: (0,)}),
     ],
     ids=str,
 )
@@ -43,8 +47,14 @@ def test_cuts_of_different_parts_merge():
 
 @pytest.mark.parametrize(
     ("cuts", "part"),
-    [(Cuts(layers=(0,)), "decoder layers"), (Cuts(channels={3: (0,)}), "channels of layer 3")],
-    ids=["layers", "channels"],
+    [
+        (Cuts(layers=(0,)), "decoder layers"),
+        (Cuts(channels={3: (0,)}), "channels of layer 3"),
+        (Cuts(heads={3: (0,)}), "heads of layer 3"),
+        (Cuts(experts={3: ((0,),)}), "experts of layer 3"),
+        (Cuts(shared={3: (0,)}), "shared of layer 3|shared experts of layer 3"),
+    ],
+    ids=["layers", "channels", "heads", "experts", "shared"],
 )
 def test_cutting_one_part_twice_is_refused(cuts, part):
     with pytest.raises(SurgeryError, match=part):

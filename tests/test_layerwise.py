@@ -9,7 +9,7 @@ import tiny
 import torch
 from torch.testing import assert_close
 
-from optimum_prune import Progress, layerwise, surgery
+from optimum_prune import Cuts, Decision, Progress, layerwise, surgery
 from optimum_prune.anatomy import find_family
 from optimum_prune.errors import FamilyError, NumericalError
 
@@ -125,23 +125,76 @@ def test_the_stream_passes_through_the_layer_as_it_is_by_then(name, subject):
     assert_close(found, hidden_states_of_the_model(model, family, windows)[1], rtol=1e-5, atol=1e-5)
 
 
+def inputs_in_the_model(model, layer, path, windows):
+    """What reaches a linear module of a layer in the model's own forward, padding left out."""
+    reached = []
+    handle = layer.get_submodule(path).register_forward_pre_hook(lambda _, args: reached.append(args[0]))
+    conformance.logits(model, windows)
+    handle.remove()
+    return torch.cat([part.reshape(*windows.tokens.shape, -1) for part in reached])[windows.mask]
+
+
 @every_family
 @whole_and_padded
 def test_observing_hands_over_every_token_that_is_not_padding(name, subject, padded, monkeypatch):
     model, family = subject
     windows = tiny.windows(5, padded=padded)
     monkeypatch.setattr(layerwise, "TOKENS_PER_BATCH", 2 * windows.tokens.shape[1])
-    path = family.feed_forward.output
+    observed = 0
     for visit in visits(model, family, windows):
-        seen, expected = [], []
-        visit.observe_channels(seen.append)
-        module = visit.layer.get_submodule(path)
-        handle = module.register_forward_pre_hook(lambda _, args, expected=expected: expected.append(args[0]))
+        observations = []
+        if family.heads is not None:
+            observations.append((visit.observe_heads, family.heads.output))
+        if family.experts_of(visit.layer) is None:
+            observations.append((visit.observe_channels, family.feed_forward.output))
+        for observe, path in observations:
+            seen = []
+            observe(seen.append)
+            expected = inputs_in_the_model(model, visit.layer, path, windows)
+            assert_close(torch.cat(seen), expected, rtol=1e-5, atol=1e-5)
+            assert not visit.layer.get_submodule(path)._forward_pre_hooks
+            observed += 1
+    assert observed or name == "deepseek_v2"
+
+
+@pytest.mark.parametrize("name", tiny.MIXTURES)
+@whole_and_padded
+def test_experts_are_observed_on_the_tokens_that_are_routed_to_them(name, subject, padded, monkeypatch):
+    """Against the output that the experts' module itself gives for each expert alone."""
+    model, family = subject
+    windows = tiny.windows(5, padded=padded)
+    monkeypatch.setattr(layerwise, "TOKENS_PER_BATCH", 2 * windows.tokens.shape[1])
+    shared_path = None if family.experts.shared is None else family.experts.shared.output
+    observed = 0
+    for visit in visits(model, family, windows):
+        experts = family.experts_of(visit.layer)
+        if experts is None:
+            continue
+        observed += 1
+        seen, seen_shared, calls = {}, [], []
+        visit.observe_experts(
+            lambda expert, rows, seen=seen: seen.setdefault(expert, []).append(rows), seen_shared.append
+        )
+        handle = experts.register_forward_pre_hook(
+            lambda _, args, kwargs, calls=calls: calls.append((*args, *kwargs.values())), with_kwargs=True
+        )
         conformance.logits(model, windows)
         handle.remove()
-        rows = torch.cat([part.reshape(*windows.tokens.shape, -1) for part in expected])[windows.mask]
-        assert_close(torch.cat(seen), rows, rtol=1e-5, atol=1e-5)
-        assert not module._forward_pre_hooks
+        ((hidden, chosen, weights),) = calls
+        mask = windows.mask.flatten()
+        output = getattr(experts, family.experts.output)
+        for expert in range(tiny.EXPERTS):
+            rows = torch.cat(seen[expert])
+            routed = (chosen == expert).any(1) & mask
+            assert len(rows) == routed.sum()
+            with torch.no_grad():
+                alone = experts(hidden, chosen, weights * (chosen == expert))
+            assert_close(rows @ output[expert].T, alone[routed], rtol=1e-4, atol=1e-5)
+        if shared_path is not None:
+            expected = inputs_in_the_model(model, visit.layer, shared_path, windows)
+            assert_close(torch.cat(seen_shared), expected, rtol=1e-5, atol=1e-5)
+        assert not experts._forward_pre_hooks
+    assert observed >= 2
 
 
 @every_family
@@ -153,14 +206,39 @@ def test_a_layer_that_was_observed_and_cut_is_not_evaluated_anew(name, subject, 
     for whole, plain in zip(visits(model, family, windows), visits(cut, family, windows), strict=True):
         for (_, found), (_, expected) in zip(whole.stream, plain.stream, strict=True):
             assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        kept = tuple(range(whole.index, tiny.WIDTH, 2))
-        surgery.keep_channels(plain.layer, family, kept)
-        whole.observe_channels(lambda rows: None)
-        whole.narrow(kept)
-        surgery.keep_channels(whole.layer, family, kept)
-        for path in (family.attention, *family.feed_forward.inputs):  # what was evaluated must not be asked again
+        observed = []
+        if family.heads is not None:
+            whole.observe_heads(lambda rows: None)
+            whole.narrow_heads((1,))
+            for each, of in ((whole, model), (plain, cut)):
+                surgery.carry_out(of, family, Decision(Cuts(heads={each.index: (1,)})))
+            observed += family.heads.inputs
+        if family.experts_of(whole.layer) is None:
+            kept = tuple(range(whole.index, tiny.WIDTH, 2))
+            surgery.keep_channels(plain.layer, family, kept)
+            whole.observe_channels(lambda rows: None)
+            whole.narrow(kept)
+            surgery.keep_channels(whole.layer, family, kept)
+            observed += [*family.feed_forward.inputs, *([] if family.heads else [family.attention])]
+        for path in observed:  # what was evaluated must not be asked again
             for parameter in whole.layer.get_submodule(path).parameters():
                 parameter.data.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "gemma2", "cohere", "qwen3_moe", "mixtral"])
+@whole_and_padded
+def test_channels_are_observed_behind_the_heads_that_were_cut(name, subject, padded):
+    model, family = subject
+    windows = tiny.windows(3, padded=padded)
+    for visit in visits(model, family, windows):
+        visit.observe_heads(lambda rows: None)
+        visit.narrow_heads((0,))
+        surgery.carry_out(model, family, Decision(Cuts(heads={visit.index: (0,)})))
+        if family.experts_of(visit.layer) is None:
+            seen = []
+            visit.observe_channels(seen.append)
+            expected = inputs_in_the_model(model, visit.layer, family.feed_forward.output, windows)
+            assert_close(torch.cat(seen), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama"])

@@ -76,7 +76,7 @@ def test_a_recipe_survives_yaml(text, plugins, tmp_path):
 def test_a_written_recipe_says_its_defaults(plugins):
     plain = Recipe.from_dict({"passes": [{"osscar": {"ratio": 0.1}}]}, plugins).to_dict()
     options = plain["passes"][0]["osscar"]
-    assert (options["ratio"], options["damping"], options["step"]) == (0.1, 0.01, 1)
+    assert (options["ratio"], options["allocation"], options["step"]) == (0.1, "uniform", 1)
     assert plain["seed"] == 0
     assert plain["dtype"] == "auto"
 
@@ -95,8 +95,8 @@ def test_a_written_recipe_says_its_defaults(plugins):
             r"No option of pass 'osscar' is called 'ration'\. Did you mean 'ratio'\?",
         ),
         ("passes: [{depth: {layer: 1}}]", RecipeError, r"'layer'\. Did you mean 'layers'\?"),
-        ("passes: [osscar]", RecipeError, "pass 'osscar' needs the option 'ratio'"),
-        ("passes: [{osscar: }]", RecipeError, "needs the option 'ratio'"),
+        ("passes: [osscar]", RecipeError, "osscar needs a target: 'ratio' or 'params'"),
+        ("passes: [{osscar: }]", RecipeError, "osscar needs a target: 'ratio' or 'params'"),
         ("passes: [depth]", RecipeError, "exactly one of 'layers'"),
         ("passes: [{osscar: {ratio: 1.5}}]", RecipeError, "ratio 1.5"),
         ("passes: [{osscar: {ratio: 0}}]", RecipeError, "ratio 0"),

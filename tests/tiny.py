@@ -15,6 +15,10 @@ from transformers import (
     Cohere2ForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3Config,
@@ -33,6 +37,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -43,6 +49,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     SiglipVisionConfig,
 )
 
@@ -153,6 +161,35 @@ def _gpt_neox(**changes: Any) -> PreTrainedModel:
     return GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, **changes))
 
 
+EXPERTS, EXPERT_WIDTH = 4, 24
+
+
+def _mixtral() -> PreTrainedModel:
+    mixture = {"num_local_experts": EXPERTS, "num_experts_per_tok": 2}
+    return MixtralForCausalLM(MixtralConfig(**SIZES, **mixture))
+
+
+def _qwen3_moe() -> PreTrainedModel:
+    mixture = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT_WIDTH}
+    where = {"decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, head_dim=12, **mixture, **where))
+
+
+def _deepseek(config: type, model: type, **changes: Any) -> PreTrainedModel:
+    sizes = {**SIZES, "num_key_value_heads": 4}
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+    mixture = {
+        "n_routed_experts": EXPERTS,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": EXPERT_WIDTH,
+        "first_k_dense_replace": 2,
+    }
+    return model(config(**sizes, **latent, **mixture, **changes))
+
+
+MIXTURES = ("mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3")
+"""Families some of whose layers are mixtures of experts."""
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": partial(_llama, tie_word_embeddings=False, attention_bias=True, mlp_bias=True),
     "llama-tied": partial(_llama, tie_word_embeddings=True),
@@ -172,8 +209,23 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "gpt_neox": _gpt_neox,
     "gpt_neox-sequential": partial(_gpt_neox, use_parallel_residual=False),
     "opt": _opt,
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
+    "deepseek_v2": partial(_deepseek, DeepseekV2Config, DeepseekV2ForCausalLM),
+    "deepseek_v3": partial(_deepseek, DeepseekV3Config, DeepseekV3ForCausalLM, n_group=2, topk_group=1),
     "opt-post-norm": partial(_opt, do_layer_norm_before=False, word_embed_proj_dim=16),
 }
+WITHOUT_HEADS = (
+    "gpt2",
+    "gpt2-wide",
+    "gpt_neox",
+    "gpt_neox-sequential",
+    "opt",
+    "opt-post-norm",
+    "deepseek_v2",
+    "deepseek_v3",
+)
+"""Families whose configs cannot say that there are fewer heads of the same size."""
 TIED = (
     "llama-tied",
     "qwen2",

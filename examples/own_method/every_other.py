@@ -36,7 +36,7 @@ class EveryOther(PrunePass):
 
     def foresee(self, shape: Shape) -> Shape:
         """The shape afterwards, for `compress plan` and for checks."""
-        return Shape(len(self.kept(shape.layers)), shape.width)
+        return shape.keep(self.kept(len(shape.layers)))
 
     def decide(
         self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress

@@ -18,7 +18,6 @@ from optimum_prune.plugins import Plugins
 from optimum_prune.progress import Progress
 from optimum_prune.recipe import Recipe, Settings
 from optimum_prune.report import aligned, describe
-from optimum_prune.surgery import reshaped
 
 
 def prune(arguments: argparse.Namespace, plugins: Plugins) -> None:
@@ -48,24 +47,25 @@ def plan(arguments: argparse.Namespace, plugins: Plugins) -> None:
     recipe = overridden(Recipe.from_yaml(arguments.recipe, plugins), arguments)
     opened = open_model(recipe.settings)
     family = find_family(opened.config, plugins.families)
-    rows = [("", "stage", "layers", "FFN width", "parameters", "weights")]
-    shapes = foresee(recipe.passes, family.shape(opened.config))
+    rows = [("", "stage", "layers", "heads", "FFN width", "parameters", "weights")]
+    shape = family.shape(meta_model(opened.config, recipe.settings.trust_remote_code))
+    shapes = foresee(recipe.passes, shape)
+    itemsize = checkpoint.item_size(opened.config, recipe.settings.dtype)
     for name, stage, shape in zip(
         ["as it is", *(step.name for step in recipe.passes)],
         ["", *(step.stage.name for step in recipe.passes)],
         shapes,
         strict=True,
     ):
-        model = meta_model(reshaped(opened.config, family, shape), recipe.settings.trust_remote_code)
-        count, itemsize = parameters(model)["total"], checkpoint.item_size(opened.config, recipe.settings.dtype)
         rows.append(
             (
                 name,
                 stage,
-                str(shape.layers),
-                str(shape.width),
-                f"{count / 1e6:,.1f} M",
-                f"{count * itemsize / 1e6:,.1f} MB",
+                str(len(shape.layers)),
+                shape.describe_heads(),
+                shape.describe_width(),
+                f"{shape.parameters / 1e6:,.1f} M",
+                f"{shape.parameters * itemsize / 1e6:,.1f} MB",
             )
         )
     if not arguments.quiet:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from optimum_prune.anatomy import Family
+from optimum_prune.anatomy import Family, Heads
 from optimum_prune.hookspecs import hookimpl
 
 
 @hookimpl
 def families() -> Iterator[Family]:
-    yield Family(name="gemma3", model_types=("gemma3_text",))
+    yield Family(name="gemma3", model_types=("gemma3_text",), heads=Heads(divide_hidden=True))
     yield Family(
         name="gemma3-vision",
         model_types=("gemma3",),
         config="text_config",
         layers="model.language_model.layers",
+        heads=Heads(divide_hidden=True),
     )

@@ -15,5 +15,6 @@ def families() -> Iterator[Family]:
         model_types=("gpt2",),
         layers="transformer.h",
         attention="attn",
-        feed_forward=FeedForward(inputs=("mlp.c_fc",), output="mlp.c_proj", width="n_inner", hidden_multiple=4),
+        heads=None,  # always hidden_size / num_attention_heads wide
+        feed_forward=FeedForward(inputs=("mlp.c_fc",), output="mlp.c_proj", width="n_inner"),
     )

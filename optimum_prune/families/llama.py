@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from optimum_prune.anatomy import Family
+from optimum_prune.anatomy import Family, Heads
 from optimum_prune.hookspecs import hookimpl
 
 
 @hookimpl
 def families() -> Iterator[Family]:
-    yield Family(name="llama", model_types=("llama",))
+    yield Family(name="llama", model_types=("llama",), heads=Heads(divide_hidden=True))

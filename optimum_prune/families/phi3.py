@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from optimum_prune.anatomy import Family, FeedForward
+from optimum_prune.anatomy import Family, FeedForward, Heads
 from optimum_prune.hookspecs import hookimpl
 
 
@@ -13,5 +13,6 @@ def families() -> Iterator[Family]:
     yield Family(
         name="phi3",
         model_types=("phi3",),
+        heads=Heads(inputs={"self_attn.qkv_proj": ("query", "key", "value")}),
         feed_forward=FeedForward(inputs=("mlp.gate_up_proj",), parts=2),
     )

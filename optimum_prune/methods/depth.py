@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from optimum_prune import layerwise
-from optimum_prune.anatomy import Shape
 from optimum_prune.cuts import Cuts, Decision
 from optimum_prune.errors import NumericalError, RecipeError
 from optimum_prune.evaluation import next_token_losses
 from optimum_prune.hookspecs import hookimpl
 from optimum_prune.options import option
 from optimum_prune.passes import Pass, PrunePass
+from optimum_prune.shape import Shape
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -54,15 +54,16 @@ class Depth(PrunePass):
             )
 
     def foresee(self, shape: Shape) -> Shape:
-        if self.drop is not None and not all(0 <= index < shape.layers for index in self.drop):
+        count = len(shape.layers)
+        if self.drop is not None and not all(0 <= index < count for index in self.drop):
             raise RecipeError(
-                f"depth is asked to drop the layers {list(self.drop)}, but there are only 0 to {shape.layers - 1}."
+                f"depth is asked to drop the layers {list(self.drop)}, but there are only 0 to {count - 1}."
             )
         gone = self.layers if self.drop is None else len(self.drop)
         assert gone is not None
-        if gone >= shape.layers:
-            raise RecipeError(f"depth is asked to leave out {gone} layers of {shape.layers}. Leave at least one in.")
-        return Shape(shape.layers - gone, shape.width)
+        if gone >= count:
+            raise RecipeError(f"depth is asked to leave out {gone} layers of {count}. Leave at least one in.")
+        return shape.keep(range(count - gone) if self.drop is None else _without(count, self.drop))
 
     def decide(
         self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress

@@ -1,92 +1,201 @@
 """OSSCAR: one-shot structured pruning by combinatorial optimization (Meng et al., ICML 2024, arXiv 2403.12983).
 
-Layer by layer, FFN channels are removed so that the FFN's output changes least over the calibration tokens. With `X` the
-inputs of the output projection, `B` its dense weights and `H = X'X + damping * mean(diag X'X) * I`, a set S of channels
-leaves the loss
-
-    min over W supported on S of  1/2 tr((W - B)' H (W - B))
-
-Channels are eliminated greedily. With `inv` the inverse of H restricted to what is still alive, and W the optimal weights on
-it, removing channel j costs `1/2 |W_j|^2 / inv_jj`; the cheapest goes, and W and inv follow by a rank-one update. Pairs of
-channels may then be swapped as long as the loss falls, and the weights on what is left are refitted exactly in the end. Later
-layers see the stream of the pruned layers before them. Where the projection has a bias, X is taken less its mean, and the bias
-takes over the mean of what is lost.
+Layer by layer, attention heads and FFN channels are removed so that the output of attention and of the FFN changes least over
+the calibration tokens: greedily, one at a time, each the cheapest given those that went before, with the weights on what is
+left refitted exactly (`elimination.py` has the mathematics). Of heads, whole key-value heads go, with the query heads that
+share them. Of a mixture, every expert keeps as many channels, chosen and refitted over the tokens that are routed to it. Later
+layers see the stream of the pruned layers before them. Where the projection has a bias, its inputs are taken less their mean,
+and the bias takes over the mean of what is lost.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise, repeat
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # documented, but not declared public
 
 from optimum_prune import layerwise
-from optimum_prune.anatomy import Shape
-from optimum_prune.cuts import Cuts, Decision, Indices
+from optimum_prune.allocation import Divergence, Measured, allocate, split
+from optimum_prune.anatomy import Family, Linear
+from optimum_prune.cuts import Cuts, Decision
+from optimum_prune.elimination import Elimination, damped, eliminate, eliminate_groups
 from optimum_prune.errors import NumericalError, RecipeError
 from optimum_prune.hookspecs import hookimpl
+from optimum_prune.layerwise import Visit
 from optimum_prune.options import option
 from optimum_prune.passes import Pass, PrunePass
-from optimum_prune.statistics import Gram
+from optimum_prune.progress import Progress
+from optimum_prune.shape import LayerShape, Shape
+from optimum_prune.statistics import Cross, Gram
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Float
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from optimum_prune.anatomy import Family
     from optimum_prune.calibration import Calibration
-    from optimum_prune.progress import Progress
 
 LARGEST_MULTIPLE = 64
-PATIENCE = 16
-"""Channels in a row that could not be swapped with a gain before the local search ends."""
-PENDING = 128
-"""Eliminations kept as a low-rank factor before the matrices are brought up to date: 32 to 256 are about equally fast."""
-SHRINK = 0.7
-"""The matrices are cut down to what is alive when less than this fraction is."""
+EXPERT_MULTIPLE = 8
+"""Experts are multiplied in groups by kernels that take rows of whole 16 bytes only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Osscar(PrunePass):
-    """Removes FFN channels by exact greedy elimination and refits the output projection by least squares."""
+    """Removes FFN channels and attention heads by exact greedy elimination and refits what is left by least squares."""
 
     name: ClassVar[str] = "osscar"
-    ratio: float = option("Fraction of the FFN channels to remove from every layer, between 0 and 1.")
+    ratio: float | None = option("Fraction of the FFN channels to remove, between 0 and 1.", None)
+    params: float | None = option(
+        "Fraction of all the model's parameters to keep, instead of 'ratio'; the FFN width is solved for.", None
+    )
+    head_ratio: float | None = option("Fraction of the key-value heads to remove, with their query heads.", None)
+    allocation: Literal["uniform", "global"] = option(
+        "The same number of channels in every layer, or as many in each as hurts the model least.", "uniform"
+    )
+    protect: tuple[int, ...] = option("Layers to leave as they are.", ())
     multiple_of: int | None = option(
         "Keep a multiple of this many channels. If not given: 64, or less for layers narrower than 1024.", None
     )
-    damping: float = option("Added to the gram's diagonal, relative to its mean.", 0.01)
+    damping: float | None = option(
+        "Added to the gram's diagonal, relative to its mean. If not given: 0.01, or 0.2 with a correction.", None
+    )
+    correction: float | None = option(
+        "How far to move the FFN's outputs towards the dense model's hidden states, 0 to 1. If not given: 0, or 0.25 if global.",
+        None,
+    )
     step: int = option("Channels removed before the rest are ranked anew; 1 is the exact greedy.", 1)
     swaps: int = option("After the elimination, swap up to this many pairs of channels where the loss falls.", 0)
     one_shot: bool = option("Rank the channels once instead of eliminating them; faster for very wide layers.", False)
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise RecipeError(f"osscar has ratio {self.ratio}. Give the fraction to remove, above 0 and below 1.")
-        if self.multiple_of is not None and self.multiple_of < 1:
-            raise RecipeError(f"osscar has multiple_of {self.multiple_of}. Give a whole number of at least 1.")
-        if not 0 < self.damping < torch.inf:
+        if self.ratio is None and self.params is None and self.head_ratio is None:
+            raise RecipeError(
+                "osscar needs a target: 'ratio' or 'params' for the FFN channels, 'head_ratio' for heads."
+            )
+        if self.ratio is not None and self.params is not None:
+            raise RecipeError("osscar has both 'ratio' and 'params', which ask for two widths. Give one of them.")
+        for name, meaning in (("ratio", "remove"), ("head_ratio", "remove"), ("params", "keep")):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < 1:
+                raise RecipeError(f"osscar has {name} {value}. Give the fraction to {meaning}, above 0 and below 1.")
+        if self.allocation == "global" and self.ratio is None and self.params is None:
+            raise RecipeError(
+                "osscar has allocation 'global' and no channels to remove. Give 'ratio' or 'params' too."
+            )
+        if len(set(self.protect)) < len(self.protect) or any(index < 0 for index in self.protect):
+            raise RecipeError(f"osscar is to protect the layers {list(self.protect)}. Name each once, counted from 0.")
+        for name in ("multiple_of", "step"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"osscar has {name} {value}. Give a whole number of at least 1.")
+        if self.damping is not None and not 0 < self.damping < torch.inf:
             raise RecipeError(f"osscar has damping {self.damping}. Give a number above 0; 0.01 is usual.")
-        if self.step < 1:
-            raise RecipeError(f"osscar has step {self.step}. Give a whole number of at least 1.")
+        if self.correction is not None and not 0 <= self.correction <= 1:
+            raise RecipeError(f"osscar has correction {self.correction}. Give a number from 0 to 1; 0.25 is usual.")
         if self.swaps < 0:
             raise RecipeError(f"osscar has swaps {self.swaps}. Give 0 or more.")
 
-    def foresee(self, shape: Shape) -> Shape:
-        return Shape(shape.layers, self.kept_width(shape.width))
+    @property
+    def _correction(self) -> float:
+        return (0.25 if self.allocation == "global" else 0.0) if self.correction is None else self.correction
 
-    def kept_width(self, width: int) -> int:
-        """Channels kept of `width`: the multiple nearest to what the ratio asks for; never none, never all.
+    @property
+    def _damping(self) -> float:
+        return (0.2 if self._correction else 0.01) if self.damping is None else self.damping
+
+    # What there will be
+
+    def foresee(self, shape: Shape) -> Shape:
+        unknown = [index for index in self.protect if index >= len(shape.layers)]
+        if unknown:
+            raise RecipeError(
+                f"osscar is to protect the layer {unknown[0]}, but there are only 0 to {len(shape.layers) - 1}."
+            )
+        if len(self.protect) == len(shape.layers):
+            raise RecipeError("osscar is to protect every layer, so there is nothing to prune. Leave some out.")
+        fewer = self._each(shape, self._with_fewer_heads)
+        if self.ratio is not None:
+            return self._narrowed(fewer, self.ratio)
+        return fewer if self.params is None else self._solved(fewer, self.params * shape.parameters)
+
+    def _each(self, shape: Shape, change: Any) -> Shape:
+        """With every layer changed that is not protected."""
+        layers = (layer if index in self.protect else change(layer) for index, layer in enumerate(shape.layers))
+        return replace(shape, layers=tuple(layers))
+
+    def _with_fewer_heads(self, layer: LayerShape) -> LayerShape:
+        if self.head_ratio is None:
+            return layer
+        if not layer.heads:
+            raise RecipeError(
+                "osscar has a head_ratio, but the config of this architecture cannot say that there are fewer heads of the same size. "
+                "Leave head_ratio out."
+            )
+        wanted = min(max(round(layer.heads * (1 - self.head_ratio)), 1), layer.heads - 1)
+        if wanted not in layer.possible_heads:
+            possible = [count for count in layer.possible_heads if count < layer.heads]
+            raise RecipeError(
+                f"osscar has head_ratio {self.head_ratio}, which keeps {wanted} of {layer.heads} key-value heads, and the config of this "
+                + (
+                    f"architecture allows {', '.join(map(str, possible))}: the number of query heads must divide the hidden size."
+                    if possible
+                    else "architecture allows no fewer. Leave head_ratio out."
+                )
+            )
+        return layer.narrowed(heads=wanted)
+
+    def _narrowed(self, shape: Shape, ratio: float) -> Shape:
+        """With about this fraction of the channels removed from every layer that is not protected."""
+
+        def narrow(layer: LayerShape) -> LayerShape:
+            return layer.narrowed(
+                width=self.kept_width(layer.width, ratio) if layer.width else None,
+                expert_width=self.kept_width(layer.expert_width, ratio, experts=True) if layer.expert_width else None,
+            )
+
+        return self._each(shape, narrow)
+
+    def _solved(self, shape: Shape, parameters: float) -> Shape:
+        """With the widths that bring the model nearest to this many parameters.
+
+        Raises:
+            RecipeError: no width does.
+        """
+        widths = {(layer.width, False) for layer in shape.layers} | {
+            (layer.expert_width, True) for layer in shape.layers
+        }
+        multiples = ((width, self._multiple(width, experts)) for width, experts in widths if width)
+        exact = sorted({kept / width for width, multiple in multiples for kept in range(multiple, width, multiple)})
+        between = [(low + high) / 2 for low, high in pairwise(exact)]  # where layers have widths of their own
+        found = {1 - kept: self._narrowed(shape, 1 - kept) for kept in (*exact, *between)}
+        if not found:
+            raise RecipeError("The layers are too narrow to keep a multiple of 'multiple_of' channels. Lower it.")
+        nearest = min(found.values(), key=lambda shape: abs(shape.parameters - parameters))
+        sizes = sorted(each.parameters for each in found.values())
+        step = max(second - first for first, second in zip(sizes, [*sizes[1:], shape.parameters], strict=True))
+        if abs(nearest.parameters - parameters) > step:
+            total = parameters / self.params if self.params else parameters
+            raise RecipeError(
+                f"osscar is to keep {self.params:.4g} of the parameters. By the FFN channels it can keep {sizes[0] / total:.3f} to "
+                f"{sizes[-1] / total:.3f} of them; change 'params', or remove heads or layers as well."
+            )
+        return nearest
+
+    def kept_width(self, width: int, ratio: float, *, experts: bool = False) -> int:
+        """Channels kept of `width`, of experts or not: the multiple nearest to what the ratio asks for; never none, never all.
 
         Raises:
             RecipeError: no multiple lies between none and all.
         """
-        multiple = self.multiple_of or _usual_multiple(width)
-        kept = round(width * (1 - self.ratio) / multiple) * multiple
+        multiple = self._multiple(width, experts)
+        kept = round(width * (1 - ratio) / multiple) * multiple
         kept = min(max(kept, multiple), (width - 1) // multiple * multiple)
         if kept < 1:
             raise RecipeError(
@@ -94,36 +203,251 @@ class Osscar(PrunePass):
             )
         return kept
 
+    def _multiple(self, width: int, experts: bool) -> int:
+        multiple = self.multiple_of or _usual_multiple(width)
+        return math.lcm(multiple, EXPERT_MULTIPLE) if experts else multiple
+
+    # Deciding
+
     def decide(
         self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress
     ) -> Iterator[Decision]:
+        targets = self.foresee(family.shape(model)).layers
+        if self.allocation == "global":
+            measured = self._measured(model, family, calibration, progress)
+            targets = self._allocated(family.shape(model), measured)
+            costs = ({part.field: dict(part.costs) for part in parts} for parts in measured)
+            yield Decision(evidence={"nats_per_token_if_narrowed_alone": dict(enumerate(costs))})
+        visits = layerwise.walk(model, family, calibration, progress, "OSSCAR, layer by layer")
+        dense = layerwise.walk(model, family, calibration, Progress(), "") if self._correction else repeat(None)
+        changed = False
+        for visit, reference in zip(visits, dense, strict=False):
+            if reference is not None:
+                reference.leave()  # before this layer is cut
+            if visit.index in self.protect:
+                continue
+            shape = family.layer_shape(visit.layer, family.text_config(model.config))
+            target = targets[visit.index]
+            if target.heads < shape.heads:
+                heads = self._decide_heads(visit, family, _observed_heads(visit, family), target.heads)
+                visit.narrow_heads(heads.cuts.heads[visit.index])
+                yield heads
+            if target.expert_width < shape.expert_width:
+                yield self._decide_experts(visit, family, _observed_experts(visit, family), target.expert_width)
+            if target.width < shape.width or (changed and reference is not None and shape.width):
+                gram = _observed_channels(visit, family)
+                aim = self._aim(visit, family, gram, reference if changed else None)
+                channels = self._decide_channels(visit, family, gram, target.width, aim)
+                visit.narrow(channels.cuts.channels[visit.index])
+                yield channels
+            changed |= target != shape
+
+    def _allocated(self, shape: Shape, measured: Sequence[Sequence[Measured]]) -> tuple[LayerShape, ...]:
+        """The layers' shapes for allocation `global`."""
+        fewer = self._each(shape, self._with_fewer_heads)
+        wanted = self.foresee(shape).parameters if self.params is None else round(self.params * shape.parameters)
+        return tuple(allocate(fewer.layers, measured, fewer.parameters - wanted))
+
+    def _measured(
+        self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress
+    ) -> list[list[Measured]]:
+        """What it costs the model to narrow each part of each layer alone."""
+        shape = family.shape(model)
+        uniform = self.foresee(shape)
+        windows, held_out = split(calibration)
+        divergence = Divergence(model, family, held_out)
+        measured = []
+        visits = layerwise.walk(model, family, windows, progress, "Measuring what narrowing a layer costs")
+        for visit, probe in zip(visits, layerwise.walk(model, family, held_out, Progress(), ""), strict=True):
+            layer, target = shape.layers[visit.index], uniform.layers[visit.index]
+            parts = () if visit.index in self.protect else self._parts(layer, target)
+            costs = []
+            for part in parts:
+                losses = divergence.of(probe, self._decisions(visit, family, part))
+                known = zip((getattr(layer, part.field), *part.sizes), (0.0, *losses), strict=True)
+                costs.append(Measured(part.field, tuple(known), part.unit, part.parameters))
+            measured.append(costs)
+        return measured
+
+    def _parts(self, layer: LayerShape, uniform: LayerShape) -> Iterator[_Part]:
+        """What of a layer may be narrowed, and to which sizes it is to measure."""
+        fewer = [count for count in layer.possible_heads if count < layer.heads]
+        if self.params is not None and self.head_ratio is None and fewer:
+            yield _Part("heads", (fewer[-1],), layer.heads - fewer[-1], layer.per_head)
+        if layer.width:
+            multiple = self._multiple(layer.width, experts=False)
+            yield _Part("width", _trials(layer.width, uniform.width, multiple), multiple, layer.per_channel)
+        if layer.expert_width:
+            multiple = self._multiple(layer.expert_width, experts=True)
+            sizes = _trials(layer.expert_width, uniform.expert_width, multiple)
+            yield _Part("expert_width", sizes, multiple, layer.per_expert_channel)
+
+    def _decisions(self, visit: Visit, family: Family, part: _Part) -> list[Decision]:
+        """How each size of a part of the layer would be reached."""
+        if part.field == "heads":
+            gram = _observed_heads(visit, family)
+            return [self._decide_heads(visit, family, gram, size) for size in part.sizes]
+        if part.field == "width":
+            gram = _observed_channels(visit, family)
+            aim = self._aim(visit, family, gram, None)
+            return [self._decide_channels(visit, family, gram, size, aim) for size in part.sizes]
+        grams = _observed_experts(visit, family)
+        return [self._decide_experts(visit, family, grams, size) for size in part.sizes]
+
+    def _decide_heads(self, visit: Visit, family: Family, gram: Gram, keep: int) -> Decision:
+        assert family.heads is not None
+        aim = Aim.of(family.linear(visit.layer, family.heads.output))
+        counts = family.head_counts(visit.layer)
+        size = counts.queries * counts.size
+        with _named(f"The attention of layer {visit.index}", aim.weight, self._damping):
+            result = eliminate_groups(self._moments(gram, aim), aim.weight, keep, size)
+        inputs = [head * size + feature for head in result.kept for feature in range(size)]
+        name = f"{family.layers}.{visit.index}.{family.heads.output}"
+        return Decision(
+            cuts=Cuts(heads={visit.index: result.kept}),
+            weights=aim.fitted(name, family.linear(visit.layer, family.heads.output), result, gram, inputs),
+            evidence={"layer": visit.index, "heads": keep, "relative_error": result.relative_error},
+        )
+
+    def _decide_channels(self, visit: Visit, family: Family, gram: Gram, keep: int, aim: Aim) -> Decision:
         output = family.feed_forward.output
-        for visit in layerwise.walk(model, family, calibration, progress, "OSSCAR, layer by layer"):
-            linear = family.linear(visit.layer, output)
-            width = linear.weight.shape[1]
-            gram = Gram(width, linear.weight.device)
-            visit.observe_channels(gram.add)
-            keep = self.kept_width(width)
-            step = width if self.one_shot else self.step
-            moments = gram.value if linear.bias is None else gram.centered
-            try:
-                result = eliminate(damped(moments, self.damping), linear.weight, keep, step, self.swaps)
-            except LinAlgError as error:
-                raise NumericalError(
-                    f"The FFN activations of layer {visit.index} are not finite, or too ill-conditioned to solve for. Look for "
-                    f"NaN or infinity in the weights, or raise 'damping' above {self.damping}."
-                ) from error
-            visit.narrow(result.kept)
-            name = f"{family.layers}.{visit.index}.{output}"
-            weights = {f"{name}.weight": linear.stored(result.weight)}
-            if linear.bias is not None:
-                lost = linear.weight.double() @ gram.mean - result.weight @ gram.mean[list(result.kept)]
-                weights[f"{name}.bias"] = linear.bias + lost
-            yield Decision(
-                cuts=Cuts(channels={visit.index: result.kept}),
-                weights=weights,
-                evidence={"layer": visit.index, "width": keep, "relative_error": result.relative_error},
-            )
+        result = self._eliminated(f"The FFN of layer {visit.index}", gram, aim, keep)
+        name, linear = f"{family.layers}.{visit.index}.{output}", family.linear(visit.layer, output)
+        return Decision(
+            cuts=Cuts(channels={visit.index: result.kept}),
+            weights=aim.fitted(name, linear, result, gram, result.kept),
+            evidence={"layer": visit.index, "width": keep, "relative_error": result.relative_error},
+        )
+
+    def _decide_experts(self, visit: Visit, family: Family, grams: _ExpertGrams, keep: int) -> Decision:
+        described = family.experts
+        assert described is not None
+        output: Tensor = getattr(family.module(visit.layer, described.module), described.output).detach()
+        results = [
+            self._eliminated(f"Expert {number} of layer {visit.index}", gram, Aim(weight, None), keep)
+            for number, (gram, weight) in enumerate(zip(grams.routed, output, strict=True))
+        ]
+        prefix = f"{family.layers}.{visit.index}."
+        cuts = Cuts(experts={visit.index: tuple(result.kept for result in results)})
+        weights = {f"{prefix}{described.module}.{described.output}": torch.stack([each.weight for each in results])}
+        evidence: dict[str, Any] = {
+            "layer": visit.index,
+            "expert_width": keep,
+            "relative_error": [result.relative_error for result in results],
+            "tokens": [gram.tokens for gram in grams.routed],
+        }
+        if grams.shared is not None and described.shared is not None:
+            linear = family.linear(visit.layer, described.shared.output)
+            aim, width = Aim.of(linear), keep * (linear.weight.shape[1] // output.shape[2])
+            result = self._eliminated(f"The shared experts of layer {visit.index}", grams.shared, aim, width)
+            cuts = replace(cuts, shared={visit.index: result.kept})
+            weights |= aim.fitted(f"{prefix}{described.shared.output}", linear, result, grams.shared, result.kept)
+            evidence["shared_relative_error"] = result.relative_error
+        return Decision(cuts, weights, evidence)
+
+    def _eliminated(self, what: str, gram: Gram, aim: Aim, keep: int) -> Elimination:
+        with _named(what, aim.weight, self._damping):
+            moments = self._moments(gram, aim)
+            return eliminate(moments, aim.weight, keep, len(moments) if self.one_shot else self.step, self.swaps)
+
+    def _moments(self, gram: Gram, aim: Aim) -> Float[Tensor, "in in"]:
+        return damped(gram.value if aim.bias is None else gram.centered, self._damping)
+
+    def _aim(self, visit: Visit, family: Family, gram: Gram, reference: Visit | None) -> Aim:
+        """What the FFN's output projection is to compute: as it is, it computes that of the dense model for other inputs.
+
+        With E what the hidden states behind the layer lack of the dense model's, `B + correction * H^-1 X'E` comes nearer to them;
+        and a bias takes the mean of E as far as X does not give it. Where a norm follows the projection, it stays as it is.
+        """
+        aim = Aim.of(family.linear(visit.layer, family.feed_forward.output))
+        if reference is None or not visit.adds_output():
+            return aim
+        lack = Cross(gram.features, aim.weight.shape[0], aim.weight.device)
+        for (rows, hidden), (batch, dense) in zip(visit.outputs(), reference.stream, strict=True):
+            counted = batch.mask.flatten().to(hidden.device)
+            lack.add(rows[counted], (dense.float() - hidden.float()).flatten(0, -2)[counted])
+        with _named(f"The FFN of layer {visit.index}", aim.weight, self._damping):
+            factor = torch.linalg.cholesky(self._moments(gram, aim))
+        products = lack.value if aim.bias is None else lack.centered(gram)
+        move = self._correction * torch.cholesky_solve(products, factor).T
+        bias = None if aim.bias is None else aim.bias + self._correction * lack.mean - move @ gram.mean
+        return Aim(aim.weight + move, bias)
+
+
+@dataclass(frozen=True)
+class Aim:
+    """The linear map that what is kept of a projection is to come close to."""
+
+    weight: Float[Tensor, "out in"]
+    bias: Float[Tensor, " out"] | None
+
+    @classmethod
+    def of(cls, linear: Linear) -> Aim:
+        """What a projection computes as it is."""
+        return cls(linear.weight, linear.bias)
+
+    def fitted(
+        self, name: str, linear: Linear, result: Elimination, gram: Gram, inputs: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """New weights of the projection by their names; its bias takes over the mean of what the kept inputs do not give."""
+        weights = {f"{name}.weight": linear.stored(result.weight)}
+        if self.bias is not None:
+            lost = self.weight.double() @ gram.mean - result.weight @ gram.mean[list(inputs)]
+            weights[f"{name}.bias"] = self.bias + lost
+        return weights
+
+
+class _Part(NamedTuple):
+    """A part of a layer that may be narrowed: the field of `LayerShape` that says its size."""
+
+    field: str
+    sizes: tuple[int, ...]
+    """To be measured, from large to small."""
+    unit: int
+    """Sizes go down by this much at a time."""
+    parameters: int
+    """That go with one head or channel."""
+
+
+class _ExpertGrams(NamedTuple):
+    """Grams of a mixture."""
+
+    routed: list[Gram]
+    shared: Gram | None
+
+
+def _trials(width: int, uniform: int, multiple: int) -> tuple[int, ...]:
+    """Widths at which to measure a layer: the uniform one, the narrowest that is worth it, and one in between."""
+    narrowest = max(math.ceil(min(width / 2, 0.6 * uniform) / multiple), 1) * multiple
+    middle = round((uniform + narrowest) / 2 / multiple) * multiple
+    return tuple(sorted({uniform, middle, min(narrowest, uniform)}, reverse=True))
+
+
+def _observed_heads(visit: Visit, family: Family) -> Gram:
+    assert family.heads is not None
+    gram = _gram_for(family.linear(visit.layer, family.heads.output))
+    visit.observe_heads(gram.add)
+    return gram
+
+
+def _observed_channels(visit: Visit, family: Family) -> Gram:
+    gram = _gram_for(family.linear(visit.layer, family.feed_forward.output))
+    visit.observe_channels(gram.add)
+    return gram
+
+
+def _observed_experts(visit: Visit, family: Family) -> _ExpertGrams:
+    described = family.experts
+    assert described is not None
+    output: Tensor = getattr(family.module(visit.layer, described.module), described.output)
+    routed = [Gram(output.shape[2], output.device) for _ in output]
+    shared = None if described.shared is None else _gram_for(family.linear(visit.layer, described.shared.output))
+    visit.observe_experts(lambda expert, rows: routed[expert].add(rows), None if shared is None else shared.add)
+    return _ExpertGrams(routed, shared)
+
+
+def _gram_for(linear: Linear) -> Gram:
+    return Gram(linear.weight.shape[1], linear.weight.device)
 
 
 def _usual_multiple(width: int) -> int:
@@ -134,204 +458,18 @@ def _usual_multiple(width: int) -> int:
     return multiple
 
 
-@dataclass(frozen=True)
-class Elimination:
-    """What is left of a linear layer."""
-
-    kept: Indices
-    """Kept input channels, ascending."""
-    weight: Float[Tensor, "out kept"]
-    """Refitted weights on them, float64."""
-    loss: float
-    """`1/2 tr((W - B)' H (W - B))` of the refitted weights."""
-    relative_error: float
-    """The loss relative to that of removing everything."""
-
-
-def damped(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
-    """`X'X + damping * mean(diag X'X) * I` in float64; for a gram of zeros, as if its mean were 1."""
-    gram = gram.to(torch.float64, copy=True)
-    mean = gram.diagonal().mean().item() or 1.0
-    gram.diagonal().add_(damping * mean)
-    return gram
-
-
-def eliminate(
-    gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], keep: int, step: int = 1, swaps: int = 0
-) -> Elimination:
-    """Greedy backward elimination of input channels down to `keep`, then swaps, then the exact refit.
-
-    Args:
-        gram: H above, symmetric positive definite.
-        weight: B' above, the dense weights.
-        keep: how many channels stay, 1 to all.
-        step: how many channels go before the rest are ranked anew: 1 is the exact greedy, all of them a one-shot ranking.
-        swaps: how many pairs of a kept and a removed channel may at most change places, each lowering the loss.
-
-    Raises:
-        torch.linalg.LinAlgError: the gram is not positive definite, or not finite.
-    """
-    gram, dense = gram.double(), weight.double().T
-    products = dense @ dense.T
-    everything = 0.5 * (gram * products).sum().item()
-    kept = _survivors(torch.cholesky_inverse(torch.linalg.cholesky(gram)), products, keep, step)
-    refitted, loss = refit(gram, dense, kept)
-    if swaps:
-        other = swapped(gram, dense, kept, swaps)
-        refitted_other, loss_other = refit(gram, dense, other)
-        if loss_other < loss:
-            kept, refitted, loss = other, refitted_other, loss_other
-    return Elimination(tuple(kept.tolist()), refitted.T, loss, loss / everything if everything else 0.0)
-
-
-def _survivors(inverse: Float[Tensor, "in in"], products: Float[Tensor, "in in"], keep: int, step: int) -> Tensor:
-    """Indices of the channels that greedy elimination leaves, ascending. Overwrites both matrices.
-
-    Args:
-        inverse: inverse of the gram.
-        products: inner products `W W'` of the weights of each channel; the weights themselves are not needed.
-    """
-    if step >= len(inverse) - keep:
-        cost = products.diagonal() / inverse.diagonal()
-        return cost.topk(keep).indices.sort().values
-    indices = torch.arange(len(inverse), device=inverse.device)
-    alive = torch.ones_like(indices, dtype=torch.bool)
-    left = len(indices)
-    while left > keep:
-        pending = min(max(PENDING // step, 1) * step, left - keep)  # whole steps
-        u, q, m = _eliminate_some(inverse, products, alive, pending, step)
-        left -= pending
-        if left == keep:
-            break
-        inverse.addmm_(u.T, u, alpha=-1)
-        half = torch.addmm(q, m, u, alpha=-0.5)
-        products.addmm_(u.T, half, alpha=-1).addmm_(half.T, u, alpha=-1)
-        if left < SHRINK * len(alive):
-            inverse, products = inverse[alive][:, alive], products[alive][:, alive]
-            indices, alive = indices[alive], alive[alive]
-    return indices[alive]
-
-
-def _eliminate_some(
-    inverse: Float[Tensor, "n n"], products: Float[Tensor, "n n"], alive: Bool[Tensor, " n"], count: int, step: int
-) -> tuple[Float[Tensor, "count n"], Float[Tensor, "count n"], Float[Tensor, "count count"]]:
-    """Eliminates `count` of the channels that are `alive`, which follows in place, while the two matrices stay.
-
-    Only three things are needed of the current inverse and weights: the inverse's diagonal, the squared
-    norms of the weights' rows, and, for the channel that goes, one column of the inverse and one of the inner products. With U
-    the scaled columns of the inverse and V the scaled rows of the weights at the eliminated channels, the inverse has become
-    `inverse - U U'` and the weights `W - U V`, so these columns follow from those at the start, U, `Q = W V'` and `M = V V'`:
-    O(n k) for the k-th channel.
-
-    Returns:
-        U', Q' and M, by which both matrices can be brought up to date.
-    """
-    size = len(inverse)
-    u, q = inverse.new_empty(count, size), inverse.new_empty(count, size)
-    m = inverse.new_zeros(count, count)
-    diagonal = inverse.diagonal().where(alive, 1.0)
-    norms = products.diagonal().where(alive, torch.inf)  # what is gone costs infinitely much to remove again
-    queue: list[int] = []
-    for k in range(count):
-        if not queue:
-            cost = norms / diagonal
-            queue = (
-                [int(cost.argmin())] if step == 1 else cost.topk(min(step, count - k), largest=False).indices.tolist()
-            )
-        j = queue.pop(0)
-        inverse_jj, norm = diagonal[j].item(), norms[j].item()
-        scale = math.sqrt(inverse_jj)
-        u_past, q_past, past = u[:k], q[:k], u[:k, j].clone()
-        mixed = torch.addmv(q_past[:, j], m[:k, :k], past, alpha=-1).div_(scale)
-        torch.addmv(inverse[j], u_past.T, past, alpha=-1, out=u[k]).div_(scale)
-        torch.addmv(products[j], q_past.T, past, alpha=-1, out=q[k]).div_(scale)
-        m[k, :k] = mixed
-        m[:k, k] = mixed
-        m[k, k] = norm / inverse_jj
-        # What is lost of the norms: 2 u p - u^2 |v|^2, with p the inner products of the current weights with v.
-        lost = torch.addmv(q[k], u_past.T, mixed, alpha=-1).mul_(2).sub_(u[k], alpha=norm / inverse_jj)
-        norms.addcmul_(u[k], lost, value=-1)
-        diagonal.addcmul_(u[k], u[k], value=-1)
-        norms[j], diagonal[j], alive[j] = torch.inf, 1.0, False
-    return u, q, m
-
-
-def refit(
-    gram: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], kept: Tensor
-) -> tuple[Float[Tensor, "kept out"], float]:
-    """The weights on `kept` that minimise the loss, `B_S + H_SS^-1 H_SD B_D` with D what is gone; and the loss."""
-    alive = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
-    alive[kept] = True
-    inside, outside = gram[alive], gram[~alive]
-    lost = dense[~alive]
-    pull = inside[:, ~alive] @ lost
-    correction = torch.cholesky_solve(pull, torch.linalg.cholesky(inside[:, alive]))
-    loss = 0.5 * ((lost * (outside[:, ~alive] @ lost)).sum() - (pull * correction).sum())
-    return dense[alive] + correction, max(loss.item(), 0.0)
-
-
-def swapped(gram: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], kept: Tensor, swaps: int) -> Tensor:
-    """Local search: lets the cheapest kept channel go and takes in the one that then lowers the loss most, while that helps.
-
-    The table holds `[H | H B]` swept on the kept channels: there it is `-H_SS^-1` and the refitted weights, elsewhere the Schur
-    complement and the gradient. Taking channel k in or out is one sweep, O(in (in + out)).
-
-    Returns:
-        Indices of as many channels, ascending; their loss is not above that of `kept`.
-    """
-    size = len(gram)
-    inside = torch.zeros(size, dtype=torch.bool, device=gram.device)
-    inside[kept] = True
-    table = _swept_table(gram, dense, inside)
-    passed_over: set[int] = set()
-    while swaps and len(passed_over) < min(PATIENCE, len(kept)):
-        cost = 0.5 * table[:, size:].square().sum(1) / table[:, :size].diagonal().abs()
-        open_to_go = inside.clone()
-        open_to_go[list(passed_over)] = False
-        out = int(cost.where(open_to_go, torch.inf).argmin())
-        _sweep(table, out, inwards=False)
-        inside[out] = False
-        gain = 0.5 * table[:, size:].square().sum(1) / table[:, :size].diagonal().abs()
-        best = int(gain.where(~inside, -torch.inf).argmax())
-        if best != out and gain[best] > cost[out] * (1 + 1e-9):
-            swaps -= 1
-            passed_over.clear()
-        else:
-            best = out
-            passed_over.add(out)
-        _sweep(table, best, inwards=True)
-        inside[best] = True
-    return inside.nonzero().flatten()
-
-
-def _swept_table(
-    gram: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], inside: Tensor
-) -> Float[Tensor, "in in+out"]:
-    size = len(gram)
-    target = gram @ dense
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[inside][:, inside]))
-    across = inverse @ gram[inside][:, ~inside]
-    weights = inverse @ target[inside]
-    table = torch.cat([torch.empty_like(gram), target], dim=1)
-    ins, outs = inside.nonzero(), (~inside).nonzero()
-    table[ins, ins.T] = -inverse
-    table[ins, outs.T] = across
-    table[outs, ins.T] = across.T
-    table[outs, outs.T] = gram[~inside][:, ~inside] - gram[~inside][:, inside] @ across
-    table[inside, size:] = weights
-    table[~inside, size:] = target[~inside] - gram[~inside][:, inside] @ weights
-    return table
-
-
-def _sweep(table: Float[Tensor, "in in+out"], k: int, *, inwards: bool) -> None:
-    """Takes channel k into the support, or out of it, in place."""
-    pivot = table[k, k].item()
-    row, column = table[k].clone(), table[:, k].clone()
-    table.addr_(column, row, alpha=-1 / pivot)
-    sign = 1 if inwards else -1
-    table[k] = sign * row / pivot
-    table[:, k] = sign * column / pivot
-    table[k, k] = -1 / pivot
+@contextmanager
+def _named(what: str, weight: Tensor, damping: float) -> Iterator[None]:
+    """Gives numerical trouble in the solver the name of what it is about."""
+    if not weight.isfinite().all():
+        raise NumericalError(f"{what} has output weights that are not finite. Mend the checkpoint.")
+    try:
+        yield
+    except LinAlgError as error:
+        raise NumericalError(
+            f"{what} has activations that are not finite, or too ill-conditioned to solve for. Look for NaN or infinity in the "
+            f"weights, or raise 'damping' above {damping}."
+        ) from error
 
 
 @hookimpl

@@ -10,8 +10,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from optimum_prune import Cuts, Depth, Progress
-from optimum_prune.anatomy import Shape, find_family
+from optimum_prune import Cuts, Depth, LayerShape, Progress, Shape
+from optimum_prune.anatomy import find_family
 from optimum_prune.errors import NumericalError, RecipeError
 from optimum_prune.methods.depth import window_losses
 
@@ -92,6 +92,9 @@ def test_named_layers_are_dropped(name, subject, drop, kept):
     assert decision.evidence["dropped"] == sorted(drop)
 
 
+SIX = Shape(tuple(LayerShape(parameters=1000 + index, width=64, per_channel=10) for index in range(6)), 500)
+
+
 @pytest.mark.parametrize(
     "step",
     [Depth(layers=6), Depth(layers=60), Depth(drop=(6,)), Depth(drop=(0, -1)), Depth(drop=tuple(range(6)))],
@@ -99,12 +102,19 @@ def test_named_layers_are_dropped(name, subject, drop, kept):
 )
 def test_more_layers_than_there_are_cannot_go(step):
     with pytest.raises(RecipeError, match="depth is asked to"):
-        step.foresee(Shape(layers=6, width=64))
+        step.foresee(SIX)
 
 
 @pytest.mark.parametrize("step", [Depth(layers=5), Depth(drop=(5, 0, 1, 3, 2))], ids=str)
 def test_all_layers_but_one_can_go(step):
-    assert step.foresee(Shape(layers=6, width=64)) == Shape(1, 64)
+    (left,) = step.foresee(SIX).layers
+    assert left in SIX.layers
+    assert step.foresee(SIX).elsewhere == SIX.elsewhere
+
+
+@pytest.mark.parametrize("drop", [(0,), (5,), (1, 4), (4, 1), (0, 2, 3)], ids=str)
+def test_of_layers_that_differ_it_is_foreseen_which_are_left(drop):
+    assert Depth(drop=drop).foresee(SIX).layers == tuple(SIX.layers[i] for i in range(6) if i not in drop)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,299 @@
+"""Which inputs of a linear layer to keep, and the weights on them that change its output least.
+
+With `X` the inputs, `B` the dense weights and `H = X'X + damping * mean(diag X'X) * I`, a set S of kept inputs leaves the loss
+
+    min over W supported on S of  1/2 tr((W - B)' H (W - B))
+
+Greedy backward elimination: with `inv` the inverse of H restricted to what is still alive, and W the optimal weights on it,
+removing input j costs `1/2 |W_j|^2 / inv_jj`, and removing a group g of inputs `1/2 tr(W_g' inv_gg^-1 W_g)`; the cheapest goes, and
+W and inv follow. Everything is float64, and every factor a Cholesky factor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # documented, but not declared public
+
+from optimum_prune.cuts import Indices
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+    from torch import Tensor
+
+PATIENCE = 16
+"""Channels in a row that could not be swapped with a gain before the local search ends."""
+PENDING = 128
+"""Eliminations kept as a low-rank factor before the matrices are brought up to date: 32 to 256 are about equally fast."""
+SHRINK = 0.7
+"""The matrices are cut down to what is alive when less than this fraction is."""
+FEW = 0.25
+"""Weights are refitted through the inputs that go, rather than those that stay, while they are fewer than this fraction of them."""
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """What is left of a linear layer."""
+
+    kept: Indices
+    """Kept input channels, ascending."""
+    weight: Float[Tensor, "out kept"]
+    """Refitted weights on them, float64."""
+    loss: float
+    """`1/2 tr((W - B)' H (W - B))` of the refitted weights."""
+    relative_error: float
+    """The loss relative to that of removing everything."""
+
+
+def damped(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
+    """`X'X + damping * mean(diag X'X) * I` in float64; for a gram of zeros, as if its mean were 1."""
+    gram = gram.to(torch.float64, copy=True)
+    mean = gram.diagonal().mean().item() or 1.0
+    gram.diagonal().add_(damping * mean)
+    return gram
+
+
+def eliminate(
+    gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], keep: int, step: int = 1, swaps: int = 0
+) -> Elimination:
+    """Greedy backward elimination of input channels down to `keep`, then swaps, then the exact refit.
+
+    Args:
+        gram: H above, symmetric positive definite.
+        weight: B' above, the dense weights.
+        keep: how many channels stay, 1 to all.
+        step: how many channels go before the rest are ranked anew: 1 is the exact greedy, all of them a one-shot ranking.
+        swaps: how many pairs of a kept and a removed channel may at most change places, each lowering the loss.
+
+    Raises:
+        torch.linalg.LinAlgError: the gram is not positive definite, or not finite.
+    """
+    gram, dense = gram.double(), weight.double().T
+    factor = torch.linalg.cholesky(gram)
+    products = dense @ dense.T
+    everything = 0.5 * torch.vdot(gram.flatten(), products.flatten()).item()
+    if not math.isfinite(everything):
+        raise LinAlgError("The gram or the weights are not finite.")
+    kept, _ = _survivors(torch.cholesky_inverse(factor), products, keep, step)
+    refitted, loss = refit(gram, dense, kept, factor)
+    if swaps:
+        other = swapped(gram, dense, kept, swaps)
+        refitted_other, loss_other = refit(gram, dense, other, factor)
+        if loss_other < loss:
+            kept, refitted, loss = other, refitted_other, loss_other
+    return Elimination(tuple(kept.tolist()), refitted.T, loss, loss / everything if everything else 0.0)
+
+
+def eliminate_groups(
+    gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], keep: int, size: int
+) -> Elimination:
+    """The same for groups of `size` inputs that lie side by side, such as the features of a head; one group at a time.
+
+    Returns:
+        `kept` holds the indices of the `keep` kept groups.
+
+    Raises:
+        torch.linalg.LinAlgError: the gram is not positive definite, or not finite.
+    """
+    gram, dense = gram.double(), weight.double().T
+    everything = 0.5 * (dense * (gram @ dense)).sum().item()
+    factor = torch.linalg.cholesky(gram)
+    inverse, weights = torch.cholesky_inverse(factor), dense.clone()
+    alive = list(range(len(gram) // size))
+    while len(alive) > keep:
+        groups = torch.arange(len(gram), device=gram.device).view(-1, size)[alive]
+        blocks = inverse[groups[:, :, None], groups[:, None, :]]
+        cost = (weights[groups] * torch.linalg.solve(blocks, weights[groups])).sum((1, 2))
+        gone = groups[int(cost.argmin())]
+        pull = torch.linalg.solve(inverse[gone][:, gone], inverse[gone]).T
+        weights -= pull @ weights[gone]
+        inverse -= pull @ inverse[gone]
+        del alive[int(cost.argmin())]
+    inputs = torch.arange(len(gram), device=gram.device).view(-1, size)[alive].flatten()
+    refitted, loss = refit(gram, dense, inputs, factor)
+    return Elimination(tuple(alive), refitted.T, loss, loss / everything if everything else 0.0)
+
+
+def greedy_losses(
+    gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], keep: int
+) -> Float[Tensor, " in-keep+1"]:
+    """The loss after 0, 1, 2, ... steps of the exact greedy elimination, down to `keep` channels.
+
+    Raises:
+        torch.linalg.LinAlgError: the gram is not positive definite, or not finite.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
+    _, costs = _survivors(inverse, weight.double().T @ weight.double(), keep, 1)
+    return torch.tensor([0.0, *costs], dtype=torch.float64).cumsum(0)
+
+
+def _survivors(
+    inverse: Float[Tensor, "in in"], products: Float[Tensor, "in in"], keep: int, step: int
+) -> tuple[Tensor, list[float]]:
+    """Indices of the channels that greedy elimination leaves, ascending, and what each that goes costs when it goes.
+
+    Overwrites both matrices. With more than one at a time, the cost is that at which each goes in its turn.
+
+    Args:
+        inverse: inverse of the gram.
+        products: inner products `W W'` of the weights of each channel; the weights themselves are not needed.
+    """
+    if step >= len(inverse) - keep:
+        cost = products.diagonal() / inverse.diagonal()
+        gone = cost.topk(len(cost) - keep, largest=False).values
+        return cost.topk(keep).indices.sort().values, (0.5 * gone).tolist()
+    indices = torch.arange(len(inverse), device=inverse.device)
+    alive = torch.ones_like(indices, dtype=torch.bool)
+    left, costs = len(indices), []
+    while left > keep:
+        pending = min(max(PENDING // step, 1) * step, left - keep)  # whole steps
+        u, q, m = _eliminate_some(inverse, products, alive, pending, step)
+        costs += (0.5 * m.diagonal()).tolist()
+        left -= pending
+        if left == keep:
+            break
+        inverse.addmm_(u.T, u, alpha=-1)
+        half = torch.addmm(q, m, u, alpha=-0.5)
+        products.addmm_(u.T, half, alpha=-1).addmm_(half.T, u, alpha=-1)
+        if left < SHRINK * len(alive):
+            inverse, products = inverse[alive][:, alive], products[alive][:, alive]
+            indices, alive = indices[alive], alive[alive]
+    return indices[alive], costs
+
+
+def _eliminate_some(
+    inverse: Float[Tensor, "n n"], products: Float[Tensor, "n n"], alive: Bool[Tensor, " n"], count: int, step: int
+) -> tuple[Float[Tensor, "count n"], Float[Tensor, "count n"], Float[Tensor, "count count"]]:
+    """Eliminates `count` of the channels that are `alive`, which follows in place, while the two matrices stay.
+
+    Only three things are needed of the current inverse and weights: the inverse's diagonal, the squared
+    norms of the weights' rows, and, for the channel that goes, one column of the inverse and one of the inner products. With U
+    the scaled columns of the inverse and V the scaled rows of the weights at the eliminated channels, the inverse has become
+    `inverse - U U'` and the weights `W - U V`, so these columns follow from those at the start, U, `Q = W V'` and `M = V V'`:
+    O(n k) for the k-th channel.
+
+    Returns:
+        U', Q' and M, by which both matrices can be brought up to date.
+    """
+    size = len(inverse)
+    u, q = inverse.new_empty(count, size), inverse.new_empty(count, size)
+    m = inverse.new_zeros(count, count)
+    diagonal = inverse.diagonal().where(alive, 1.0)
+    norms = products.diagonal().where(alive, torch.inf)  # what is gone costs infinitely much to remove again
+    queue: list[int] = []
+    for k in range(count):
+        if not queue:
+            cost = norms / diagonal
+            queue = (
+                [int(cost.argmin())] if step == 1 else cost.topk(min(step, count - k), largest=False).indices.tolist()
+            )
+        j = queue.pop(0)
+        inverse_jj, norm = diagonal[j].item(), norms[j].item()
+        scale = math.sqrt(inverse_jj)
+        u_past, q_past, past = u[:k], q[:k], u[:k, j].clone()
+        mixed = torch.addmv(q_past[:, j], m[:k, :k], past, alpha=-1).div_(scale)
+        torch.addmv(inverse[j], u_past.T, past, alpha=-1, out=u[k]).div_(scale)
+        torch.addmv(products[j], q_past.T, past, alpha=-1, out=q[k]).div_(scale)
+        m[k, :k] = mixed
+        m[:k, k] = mixed
+        m[k, k] = norm / inverse_jj
+        # What is lost of the norms: 2 u p - u^2 |v|^2, with p the inner products of the current weights with v.
+        lost = torch.addmv(q[k], u_past.T, mixed, alpha=-1).mul_(2).sub_(u[k], alpha=norm / inverse_jj)
+        norms.addcmul_(u[k], lost, value=-1)
+        diagonal.addcmul_(u[k], u[k], value=-1)
+        norms[j], diagonal[j], alive[j] = torch.inf, 1.0, False
+    return u, q, m
+
+
+def refit(
+    gram: Float[Tensor, "in in"],
+    dense: Float[Tensor, "in out"],
+    kept: Tensor,
+    factor: Float[Tensor, "in in"] | None = None,
+) -> tuple[Float[Tensor, "kept out"], float]:
+    """The weights on `kept` that minimise the loss, and the loss.
+
+    With D what is gone and P the inverse of H, they are `B_S + H_SS^-1 H_SD B_D`, or as well `B_S - P_SD P_DD^-1 B_D`, which is
+    cheaper where little is gone and the Cholesky factor of H is at hand.
+    """
+    alive = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
+    alive[kept] = True
+    lost = dense[~alive]
+    if factor is not None and len(lost) < FEW * len(kept):
+        units = gram.new_zeros(len(gram), len(lost))
+        units[(~alive).nonzero().flatten(), torch.arange(len(lost), device=gram.device)] = 1
+        inverse = torch.cholesky_solve(units, factor)
+        share = torch.cholesky_solve(lost, torch.linalg.cholesky(inverse[~alive]))
+        return dense[alive] - inverse[alive] @ share, 0.5 * (lost * share).sum().item()
+    inside, outside = gram[alive], gram[~alive]
+    pull = inside[:, ~alive] @ lost
+    correction = torch.cholesky_solve(pull, torch.linalg.cholesky(inside[:, alive]))
+    loss = 0.5 * ((lost * (outside[:, ~alive] @ lost)).sum() - (pull * correction).sum())
+    return dense[alive] + correction, max(loss.item(), 0.0)
+
+
+def swapped(gram: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], kept: Tensor, swaps: int) -> Tensor:
+    """Local search: lets the cheapest kept channel go and takes in the one that then lowers the loss most, while that helps.
+
+    The table holds `[H | H B]` swept on the kept channels: there it is `-H_SS^-1` and the refitted weights, elsewhere the Schur
+    complement and the gradient. Taking channel k in or out is one sweep, O(in (in + out)).
+
+    Returns:
+        Indices of as many channels, ascending; their loss is not above that of `kept`.
+    """
+    size = len(gram)
+    inside = torch.zeros(size, dtype=torch.bool, device=gram.device)
+    inside[kept] = True
+    table = _swept_table(gram, dense, inside)
+    passed_over: set[int] = set()
+    while swaps and len(passed_over) < min(PATIENCE, len(kept)):
+        cost = 0.5 * table[:, size:].square().sum(1) / table[:, :size].diagonal().abs()
+        open_to_go = inside.clone()
+        open_to_go[list(passed_over)] = False
+        out = int(cost.where(open_to_go, torch.inf).argmin())
+        _sweep(table, out, inwards=False)
+        inside[out] = False
+        gain = 0.5 * table[:, size:].square().sum(1) / table[:, :size].diagonal().abs()
+        best = int(gain.where(~inside, -torch.inf).argmax())
+        if best != out and gain[best] > cost[out] * (1 + 1e-9):
+            swaps -= 1
+            passed_over.clear()
+        else:
+            best = out
+            passed_over.add(out)
+        _sweep(table, best, inwards=True)
+        inside[best] = True
+    return inside.nonzero().flatten()
+
+
+def _swept_table(
+    gram: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], inside: Tensor
+) -> Float[Tensor, "in in+out"]:
+    size = len(gram)
+    target = gram @ dense
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[inside][:, inside]))
+    across = inverse @ gram[inside][:, ~inside]
+    weights = inverse @ target[inside]
+    table = torch.cat([torch.empty_like(gram), target], dim=1)
+    ins, outs = inside.nonzero(), (~inside).nonzero()
+    table[ins, ins.T] = -inverse
+    table[ins, outs.T] = across
+    table[outs, ins.T] = across.T
+    table[outs, outs.T] = gram[~inside][:, ~inside] - gram[~inside][:, inside] @ across
+    table[inside, size:] = weights
+    table[~inside, size:] = target[~inside] - gram[~inside][:, inside] @ weights
+    return table
+
+
+def _sweep(table: Float[Tensor, "in in+out"], k: int, *, inwards: bool) -> None:
+    """Takes channel k into the support, or out of it, in place."""
+    pivot = table[k, k].item()
+    row, column = table[k].clone(), table[:, k].clone()
+    table.addr_(column, row, alpha=-1 / pivot)
+    sign = 1 if inwards else -1
+    table[k] = sign * row / pivot
+    table[:, k] = sign * column / pivot
+    table[k, k] = -1 / pivot

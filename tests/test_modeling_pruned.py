@@ -1,0 +1,296 @@
+"""Models whose layers differ in shape: how they are saved, and how they load."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+
+import conformance
+import pytest
+import tiny
+import torch
+from torch.testing import assert_close
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from optimum_prune import Cuts, Depth, Osscar, Progress, checkpoint
+from optimum_prune.anatomy import find_family, parameters
+from optimum_prune.compress import meta_model
+
+ODD = {
+    "channels": Osscar(ratio=0.5, protect=(0, 3)),
+    "both": Osscar(ratio=0.5, head_ratio=0.5, protect=(0, 5)),
+}
+SOME = (
+    "llama",
+    "llama-tied",
+    "qwen2",
+    "gemma3-vision",
+    "phi3",
+    "gpt2",
+    "gpt2-wide",
+    "opt",
+    "qwen3_moe",
+    "deepseek_v3",
+)
+WINDOWS = tiny.windows(2)
+
+
+def odd_model(name, plugins, kind="channels"):
+    model = tiny.model(name)
+    family = find_family(model.config, plugins.families)
+    conformance.pruned(ODD[kind], model, family, WINDOWS, plugins)
+    return model, family
+
+
+@pytest.fixture(scope="session")
+def odd(tmp_path_factory, plugins):
+    """Family and kind of cut -> the model, and its folder, which is not to be written to."""
+    made = {}
+
+    def folder_of(name, kind="channels"):
+        if (name, kind) not in made:
+            model, family = odd_model(name, plugins, kind)
+            folder = tmp_path_factory.mktemp("odd") / name
+            checkpoint.save(model, None, folder, Progress())
+            made[name, kind] = model, family, folder
+        return made[name, kind]
+
+    return folder_of
+
+
+def kinds_of(names):
+    return [(name, "channels") for name in names] + [
+        (name, "both") for name in names if name not in tiny.WITHOUT_HEADS
+    ]
+
+
+@pytest.mark.parametrize(("name", "kind"), kinds_of(tiny.FAMILIES))
+def test_a_model_of_layers_that_differ_reloads_exactly_and_generates(name, kind, plugins, tmp_path):
+    model, family = odd_model(name, plugins, kind)
+    shape = family.shape(model)
+    assert not shape.even
+    found = conformance.reloads_exactly(model, tmp_path, WINDOWS)
+    assert family.shape(found) == shape == family.shape(meta_model(AutoConfig.from_pretrained(tmp_path)))
+    conformance.generates_as_it_scores(found, WINDOWS)
+    conformance.generates_as_it_scores(model, WINDOWS)
+    conformance.layers_are_numbered(found, family)
+    if name in tiny.TIED:
+        conformance.stays_tied(model, tmp_path)
+        conformance.stays_tied(found, tmp_path)
+
+
+@pytest.mark.parametrize("name", [*SOME, "mixtral", "deepseek_v2"])
+def test_a_model_that_came_from_a_checkpoint_is_saved_as_well_as_one_made_in_memory(
+    name, checkpoints, plugins, tmp_path
+):
+    model = AutoModelForCausalLM.from_pretrained(checkpoints(name)).eval()
+    family = find_family(model.config, plugins.families)
+    conformance.pruned(ODD["channels"], model, family, WINDOWS, plugins)
+    found = conformance.reloads_exactly(model, tmp_path / "first", WINDOWS)
+    conformance.reloads_exactly(found, tmp_path / "second", WINDOWS)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_the_folder_says_what_it_is(name, odd):
+    model, _, folder = odd(name)
+    plain = json.loads((folder / "config.json").read_text())
+    stock = tiny.model(name)
+    assert plain["model_type"] == "optimum_prune"
+    assert plain["base_model_type"] == stock.config.model_type
+    assert plain["base_config"]["architectures"] == [type(stock).__name__]
+    assert plain["architectures"] == ["PrunedForCausalLM"]
+    assert plain["auto_map"]["AutoModelForCausalLM"] == "modeling_pruned.PrunedForCausalLM"
+    assert (folder / "modeling_pruned.py").is_file()
+    assert isinstance(model, type(stock))
+    assert find_family(AutoConfig.from_pretrained(folder), [odd(name)[1]]) is odd(name)[1]
+
+
+FRESH = """
+import copy, pickle, sys, torch, transformers
+from pathlib import Path
+from transformers import AutoConfig, AutoModelForCausalLM
+
+def check(source, tokens, wanted):
+    config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+    model, info = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=tokens, use_cache=False).logits, wanted), "logits"
+        assert torch.equal(copy.deepcopy(model)(input_ids=tokens, use_cache=False).logits, wanted), "deepcopy"
+    options = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "min_new_tokens": 4, "max_new_tokens": 4}
+    cached = model.generate(**options, do_sample=False)
+    assert torch.equal(cached, model.generate(**options, do_sample=False, use_cache=False)), "generate"
+    eager = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, attn_implementation="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(eager(input_ids=tokens).logits, wanted, rtol=1e-4, atol=1e-4)
+    attentions = [module for module in eager.modules() if hasattr(module, "layer_idx") and hasattr(module, "config")]
+    assert {module.config._attn_implementation for module in attentions} == {"eager"}
+    assert copy.deepcopy(model.config).pruned == model.config.pruned
+    return model, config
+
+problems = []
+
+for folder in map(Path, sys.argv[1:]):
+    tokens, wanted = torch.load(folder / "expected.pt")
+    try:
+        model, config = check(folder / "saved", tokens, wanted)
+        model.save_pretrained(folder / "again")
+        check(folder / "again", tokens, wanted)
+        assert pickle.loads(pickle.dumps(config)).pruned == config.pruned
+    except Exception as error:
+        problems.append(f"{folder.name}: {type(error).__name__} {error}")
+    for name in ("AutoModelForCausalLM", (folder / "stock").read_text()):
+        try:
+            getattr(transformers, name).from_pretrained(folder / "saved")
+        except Exception:
+            pass
+        else:
+            problems.append(f"{folder.name} was taken by {name} for a checkpoint of its own")
+assert not any(name.partition(".")[0] == "optimum_prune" for name in sys.modules), "optimum_prune was imported"
+print("\\n" + ("; ".join(problems) or "done"))
+"""
+
+
+def test_where_this_package_is_not_imported_it_loads_if_its_own_code_is_trusted_and_not_otherwise(odd, tmp_path):
+    """Not otherwise, since a stock architecture would fill up with random weights."""
+    folders = []
+    for name in ("llama-tied", "gemma3-vision", "gpt2", "qwen3_moe", "deepseek_v3"):
+        model, _, saved = odd(name, "channels" if name in tiny.WITHOUT_HEADS else "both")
+        folders.append(tmp_path / name)
+        shutil.copytree(saved, tmp_path / name / "saved")
+        torch.save([WINDOWS.tokens, conformance.logits(model, WINDOWS)], tmp_path / name / "expected.pt")
+        (tmp_path / name / "stock").write_text(type(tiny.model(name)).__name__)
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FRESH, *folders],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+        timeout=300,
+        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
+    )
+    assert run.stdout.splitlines()[-1:] == ["done"], run.stdout.splitlines()[-1:] or run.stderr
+    for folder in folders:
+        assert (folder / "again" / "modeling_pruned.py").is_file()
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_the_stock_class_refuses_it(name, odd):
+    _, _, folder = odd(name)
+    stock = type(tiny.model(name))
+    with pytest.raises((ValueError, RuntimeError, KeyError, AttributeError, TypeError)):
+        stock.from_pretrained(folder)
+
+
+# What is done with a model, done with such a one
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3-vision", "gpt2", "qwen3_moe"])
+def test_configs_and_models_can_be_copied_and_configs_pickled(name, odd):
+    model, _, folder = odd(name)
+    for config in (model.config, AutoConfig.from_pretrained(folder)):
+        for same in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), copy.copy(config)):
+            assert type(same) is type(config)
+            assert same.to_dict() == config.to_dict()
+            assert same.to_json_string() == config.to_json_string()
+    assert_close(conformance.logits(copy.deepcopy(model), WINDOWS), conformance.logits(model, WINDOWS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_the_attention_implementation_that_is_asked_for_reaches_every_layer(name, odd):
+    model, family, folder = odd(name, "channels" if name in tiny.WITHOUT_HEADS else "both")
+    for implementation in ("eager", "sdpa"):
+        found = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation).eval()
+        used = {
+            family.module(layer, family.attention).config._attn_implementation for layer in family.layers_of(found)
+        }
+        assert used == {implementation}
+        assert_close(conformance.logits(found, WINDOWS), conformance.logits(model, WINDOWS), rtol=1e-4, atol=1e-4)
+    found.set_attn_implementation("eager")
+    used = {family.module(layer, family.attention).config._attn_implementation for layer in family.layers_of(found)}
+    assert used == {"eager"}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_half_precision_and_shards_are_kept(name, odd, tmp_path):
+    model, family, folder = odd(name)
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    found = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert found.dtype == torch.bfloat16
+    assert family.shape(found) == family.shape(model)
+    assert_close(conformance.logits(found, WINDOWS), conformance.logits(half.eval(), WINDOWS), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_it_can_be_trained(name, odd):
+    model = copy.deepcopy(odd(name)[0]).train()
+    model(input_ids=WINDOWS.tokens, labels=WINDOWS.tokens).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+# And pruned again
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_it_can_be_pruned_again_in_width_and_depth(name, odd, plugins, tmp_path):
+    _, family, folder = odd(name)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    before = parameters(model)["total"]
+    for step in (Osscar(ratio=0.4), Depth(layers=1)):
+        conformance.pruned(step, model, family, WINDOWS, plugins)
+        assert parameters(model)["total"] < before
+    conformance.generates_as_it_scores(conformance.reloads_exactly(model, tmp_path, WINDOWS), WINDOWS)
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("by", ["layers", "widths"])
+def test_even_again_it_is_a_stock_checkpoint_again(name, by, odd, tmp_path):
+    _, family, folder = odd(name)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    if by == "layers":
+        cuts = Cuts(layers=(1, 2, 4, 5))  # the protected ones go
+    else:
+        shape = family.shape(model)
+        narrowest = {
+            "width": min((layer.width for layer in shape.layers if layer.width), default=None),
+            "expert_width": min((layer.expert_width for layer in shape.layers if layer.expert_width), default=None),
+        }
+        cuts = conformance.cuts_to(model, family, conformance.first, **narrowest)
+    conformance.cut(model, family, cuts)
+    stock = type(tiny.model(name))
+    assert type(model) is stock
+    found = conformance.reloads_exactly(model, tmp_path, WINDOWS)
+    assert type(found) is stock
+    assert "optimum_prune" not in (tmp_path / "config.json").read_text()
+    assert not (tmp_path / "modeling_pruned.py").exists()
+    conformance.generates_as_it_scores(found, WINDOWS)
+
+
+def test_cutting_one_model_leaves_other_models_of_its_architecture_alone(plugins):
+    bystander = tiny.model("llama")
+    before = conformance.logits(bystander, WINDOWS)
+    odd_model("llama", plugins, "both")
+    assert bystander.config.model_type == "llama"
+    assert torch.equal(conformance.logits(bystander, WINDOWS), before)
+    assert type(tiny.model("llama")) is type(bystander)
+
+
+def test_every_layer_may_differ_from_every_other(plugins, tmp_path):
+    model = tiny.model("llama")
+    family = find_family(model.config, plugins.families)
+    expected = Cuts(
+        channels={index: tuple(range(0, tiny.WIDTH, index + 1)) for index in range(tiny.LAYERS)},
+        heads={2: (1,), 4: (0,)},
+    )
+    masked = conformance.with_masked(model, family, expected, WINDOWS)
+    conformance.cut(model, family, expected)
+    assert len(set(family.shape(model).layers)) == tiny.LAYERS
+    assert_close(conformance.logits(model, WINDOWS), masked, rtol=1e-5, atol=1e-5)
+    conformance.generates_as_it_scores(conformance.reloads_exactly(model, tmp_path, WINDOWS), WINDOWS)
