@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_prune import Calibration, Osscar, Progress, Text, layerwise, surgery
 from optimum_prune.anatomy import find_family
 from optimum_prune.calibration import draw
-from optimum_prune.methods.osscar import damped, eliminate
+from optimum_prune.elimination import damped, eliminate
 from optimum_prune.plugins import load
 from optimum_prune.statistics import Gram
 
@@ -47,7 +47,7 @@ def main() -> None:
     text = Text(text=options.text, samples=options.samples, length=options.length)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     windows, _ = draw(text, Text(samples=0), tokenizer, plugins.sources, seed=0, limit=10**9)
-    dense_width = family.shape(model.config).width
+    dense_width = family.shape(model).layers[0].width
     step = Osscar(ratio=1 - options.width / dense_width, multiple_of=1)
 
     forward = seconds(lambda: plain_forward(model, windows))
@@ -57,7 +57,7 @@ def main() -> None:
     eliminating = cholesky = 0.0
     for layer, gram in zip(family.layers_of(model), grams, strict=True):
         weight = family.linear(layer, family.feed_forward.output).weight
-        matrix = damped(gram, step.damping)
+        matrix = damped(gram, 0.01)
         eliminating += seconds(lambda m=matrix, w=weight: eliminate(m, w, options.width))
         cholesky += seconds(lambda m=matrix: torch.cholesky_inverse(torch.linalg.cholesky(m)))
 
