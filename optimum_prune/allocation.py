@@ -99,8 +99,8 @@ class Measured:
     """The size of `LayerShape` that is narrowed: heads, width or expert_width."""
     costs: tuple[tuple[int, float], ...]
     """Sizes, from large to small, and their cost to the model, in any unit; the first is the size as it is, at no cost."""
-    unit: int
-    """Sizes go down by this much at a time."""
+    unit: int | None
+    """Sizes are multiples of this, as those are that were measured; None if nothing between these is possible."""
     parameters: int
     """That go with one head or channel."""
 
@@ -117,7 +117,10 @@ class Measured:
             hull.append((size, cost))
         for start, end in pairwise(hull):
             price = max(_slope(start, end), 0.0) / self.parameters
-            for size in range(start[0] - self.unit, end[0] - 1, -self.unit):
+            if self.unit is None:
+                yield price, end[0]
+                continue
+            for size in range((start[0] - 1) // self.unit * self.unit, end[0] - 1, -self.unit):
                 yield price, size
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from optimum_prune.cuts import BLOCKS
 from optimum_prune.errors import FamilyError
 from optimum_prune.shape import LayerShape, Shape
 
@@ -31,8 +32,6 @@ class Heads:
         }
     )
     """Linear modules that put out queries, keys and values: what each puts out, one after the other."""
-    output: str = "self_attn.o_proj"
-    """The linear module whose input features are the heads' outputs."""
     query_heads: str = "num_attention_heads"
     """The config field that counts the query heads."""
     key_value_heads: str = "num_key_value_heads"
@@ -147,6 +146,8 @@ class Family:
     """Config fields n that set the layers n-1, 2n-1, ... apart -> the field that lists layers which are not, nonetheless."""
     attention: str = "self_attn"
     """Path from a decoder layer to its attention."""
+    attention_output: str = "self_attn.o_proj"
+    """Path from a decoder layer to the linear module whose input features are the heads' outputs."""
     heads: Heads | None = Heads()
     """None where a config cannot say that there are fewer heads of the same size."""
     feed_forward: FeedForward = FeedForward()
@@ -168,6 +169,18 @@ class Family:
         total = sum(parameter.numel() for parameter in model.parameters())
         return Shape(layers, total - sum(layer.parameters for layer in layers))
 
+    def block_modules(self, block: str) -> tuple[str, ...]:
+        """Paths of the modules that make up a block of a layer, from where its hidden states enter to where they leave."""
+        if block == "attention":
+            return (self.attention,)
+        feed_forward = self.feed_forward
+        return (feed_forward.module,) if feed_forward.module else (*feed_forward.inputs, feed_forward.output)
+
+    def blocks_of(self, layer: nn.Module) -> tuple[str, ...]:
+        """The blocks that a decoder layer has."""
+        last = {block: self.module(layer, self.block_modules(block)[-1]) for block in BLOCKS}
+        return tuple(block for block, module in last.items() if not getattr(module, "puts_out_nothing", False))
+
     def layer_shape(self, layer: nn.Module, config: PreTrainedConfig) -> LayerShape:
         """The shape of a decoder layer as it is, given the config of the decoder.
 
@@ -175,7 +188,8 @@ class Family:
             FamilyError: the layer does not look as this family says.
         """
         shape = LayerShape(sum(parameter.numel() for parameter in layer.parameters()))
-        if self.heads is not None:
+        blocks = self.blocks_of(layer)
+        if self.heads is not None and "attention" in blocks:
             heads, queries, _ = self.head_counts(layer)
             allowed = (
                 count
@@ -184,6 +198,8 @@ class Family:
             )
             shape = replace(shape, heads=heads, per_head=self._head_parameters(layer), possible_heads=tuple(allowed))
         experts = self.experts_of(layer)
+        if "feed_forward" not in blocks:
+            return shape
         if experts is None:
             width, per_channel = self.width_of(layer), self._channel_parameters(layer, self.feed_forward)
             return replace(shape, width=width, per_channel=per_channel)
@@ -200,10 +216,13 @@ class Family:
     def fields(self, layer: nn.Module) -> dict[str, int]:
         """What the config has to say of the sizes of a decoder layer."""
         fields = {}
-        if self.heads is not None:
+        blocks = self.blocks_of(layer)
+        if self.heads is not None and "attention" in blocks:
             heads, queries, _ = self.head_counts(layer)
             fields = {self.heads.key_value_heads: heads, self.heads.query_heads: heads * queries}
         experts = self.experts_of(layer)
+        if "feed_forward" not in blocks:
+            return fields
         if experts is None:
             return {**fields, self.feed_forward.width: self.width_of(layer)}
         assert self.experts is not None
@@ -213,7 +232,7 @@ class Family:
         """How many heads a decoder layer has, and how large they are."""
         assert self.heads is not None
         size = cast(int, self.module(layer, self.attention).head_dim)
-        queries = self.linear(layer, self.heads.output).weight.shape[1] // size
+        queries = self.linear(layer, self.attention_output).weight.shape[1] // size
         rows = sum(self.linear(layer, path).weight.shape[0] for path in self.heads.inputs)
         heads = (rows // size - queries) // 2
         return HeadCounts(heads, queries // heads, size)
@@ -223,7 +242,7 @@ class Family:
         assert self.heads is not None
         heads = self.head_counts(layer).key_value
         linears = [self.linear(layer, path) for path in self.heads.inputs]
-        count = self.linear(layer, self.heads.output).weight.numel()
+        count = self.linear(layer, self.attention_output).weight.numel()
         count += sum(linear.weight.numel() + (0 if linear.bias is None else len(linear.bias)) for linear in linears)
         norms = (self.head_norm(layer, path) for path in self.heads.norms)
         return (count + sum(weight.numel() for weight in norms if weight is not None)) // heads

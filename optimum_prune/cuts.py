@@ -21,6 +21,8 @@ class Cuts:
 
     layers: Indices | None = None
     """Kept decoder layers."""
+    blocks: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    """Layer -> its kept blocks, of "attention" and "feed_forward"."""
     heads: Mapping[int, Indices] = field(default_factory=dict)
     """Layer -> its kept key-value heads, each with the query heads that share it."""
     channels: Mapping[int, Indices] = field(default_factory=dict)
@@ -61,8 +63,10 @@ class Cuts:
         return cls(None if layers is None else indices(layers), **parts)
 
 
-PARTS = ("heads", "channels", "experts", "shared")
+PARTS = ("blocks", "heads", "channels", "experts", "shared")
 """What `Cuts` names by layer."""
+BLOCKS = ("attention", "feed_forward")
+"""The blocks of a decoder layer."""
 
 
 def _cut_twice(part: str) -> SurgeryError:
@@ -70,10 +74,14 @@ def _cut_twice(part: str) -> SurgeryError:
 
 
 def _written(kept: Any) -> Any:
+    if kept and isinstance(kept[0], str):
+        return list(kept)
     return [ranges(each) for each in kept] if kept and isinstance(kept[0], tuple) else ranges(kept)
 
 
 def _read(kept: Any) -> Any:
+    if isinstance(kept, list) and kept[0] in BLOCKS:
+        return tuple(kept)
     return tuple(indices(each) for each in kept) if isinstance(kept, list) else indices(kept)
 
 

@@ -7,10 +7,10 @@ its model gives it: sliding layers their own mask, local layers their own rotary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,6 @@ def _prepare(
     return calls, inputs[0]
 
 
-@torch.no_grad()
 def logits(
     model: PreTrainedModel, family: Family, batch: Batch, hidden: Float[Tensor, "w t h"]
 ) -> Float[Tensor, "w t v"]:
@@ -142,6 +141,33 @@ def run_layers(
     for index, layer in enumerate(family.layers_of(model)[start:], start):
         hidden = batch.run(layer, index, hidden)
     return hidden
+
+
+@torch.no_grad()
+def run_without(
+    family: Family, batch: Batch, layer: nn.Module, index: int, hidden: Float[Tensor, "w t h"], gone: Collection[str]
+) -> Float[Tensor, "w t h"]:
+    """Hidden states behind a layer without some of its blocks, "attention" and "feed_forward"; the layer stays."""
+    with ExitStack() as stack:
+        for block in gone:
+            _silence(stack, family, layer, block)
+        return batch.run(layer, index, hidden)
+
+
+def _silence(stack: ExitStack, family: Family, layer: nn.Module, block: str) -> None:
+    """Lets a block of a layer put out zeros, for the time of a `with`."""
+    *before, last = (family.module(layer, path) for path in family.block_modules(block))
+    for module in before:
+        stack.enter_context(_answering(module, lambda given: given))
+    stack.enter_context(_answering(last, _no_attention if block == "attention" else _nothing))
+
+
+def _no_attention(*args: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    return torch.zeros_like(args[0] if args else kwargs["hidden_states"]), None
+
+
+def _nothing(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.zeros_like(hidden)
 
 
 class _Reached(Exception):
@@ -168,6 +194,7 @@ class Visit:
         self._family = family
         self._batch = stream[0][0]
         self._left = False
+        self._gone: tuple[str, ...] = ()
         self._heads: list[Tensor] = []
         self._attended: list[Any] = []
         self._channels: list[Tensor] = []
@@ -175,8 +202,8 @@ class Visit:
     @torch.no_grad()
     def observe_heads(self, add: Add) -> None:
         """Hands `add` the outputs of the attention heads, batch by batch, padding left out. To be called once, and first."""
-        assert self._family.heads is not None
-        self._heads = list(self._inputs_of(self._family.heads.output, add))
+        self._attended = []
+        self._heads = list(self._inputs_of(self._family.attention_output, add))
 
     @torch.no_grad()
     def observe_channels(self, add: Add) -> None:
@@ -225,22 +252,50 @@ class Visit:
         index = torch.tensor(kept)
         self._channels = [channels[..., index.to(channels.device)] for channels in self._channels]
 
-    def outputs(self) -> Iterator[tuple[Float[Tensor, "tokens channels"], Float[Tensor, "w t h"]]]:
-        """The observed channels as rows, and the hidden states behind the layer as it is, batch by batch, with padding."""
-        for position, channels in enumerate(self._channels):
-            yield channels.flatten(0, -2), self._run(position)
+    def outputs(self) -> Iterator[tuple[Float[Tensor, "tokens features"], Float[Tensor, "w t h"]]]:
+        """What was observed last as rows, and the hidden states behind it, batch by batch, with padding.
+
+        Behind the FFN's channels that is behind the layer as it is; behind the heads, behind attention.
+        """
+        for position, observed in enumerate(self._channels or self._heads):
+            hidden = self._run(position) if self._channels else self._behind_attention(position)
+            yield observed.flatten(0, -2), hidden
+
+    def attended(self) -> list[Float[Tensor, "w t h"]]:
+        """Hidden states behind attention, as if there were no FFN, batch by batch."""
+        return [self._behind_attention(position) for position in range(len(self.stream))]
+
+    def _behind_attention(self, position: int) -> Tensor:
+        gone, self._gone = self._gone, (*self._gone, "feed_forward")
+        try:
+            return self._run(position)
+        finally:
+            self._gone = gone
 
     @torch.no_grad()
-    def adds_output(self) -> bool:
-        """Whether what the FFN's output projection puts out is added to the hidden states as it is, with no norm behind.
+    def adds_output(self, path: str) -> bool:
+        """Whether what an output projection puts out is added to the hidden states as it is, with no norm behind.
 
-        If it is, the layer's output itself, added to that, doubles the layer's output.
+        If it is, the hidden states behind it, added to that, double these hidden states.
+
+        Raises:
+            NumericalError: these are not finite.
         """
-        output = self._family.module(self.layer, self._family.feed_forward.output)
-        project, plain = output.forward, self._run(0)
-        with _answering(output, lambda channels: project(channels) + plain.view_as(project(channels))):
-            doubled = self._run(0)
-        return torch.allclose(doubled.float(), 2 * plain.float(), rtol=0.05, atol=0.05 * plain.abs().max().item())
+        run = self._behind_attention if path == self._family.attention_output else self._run
+        output = self._family.module(self.layer, path)
+        project, plain = output.forward, run(0)
+        check_finite([plain], f"Decoder layer {self.index}")
+        with _answering(output, lambda inputs: project(inputs) + plain.view_as(project(inputs))):
+            doubled = run(0)
+        return bool((doubled.float() - 2 * plain.float()).abs().max() <= 0.1 * plain.float().abs().max())
+
+    def leave_out(self, blocks: Sequence[str]) -> None:
+        """Runs the layer without these of its blocks, "attention" and "feed_forward", from now on."""
+        self._gone = tuple(blocks)
+
+    def skip(self) -> None:
+        """Lets the stream pass by the layer, as if it were not there."""
+        self._left = True
 
     def leave(self) -> None:
         """Moves the stream behind the layer as it is now, once."""
@@ -281,14 +336,18 @@ class Visit:
         self._batch = batch
         attention = self._family.module(self.layer, self._family.attention)
         with ExitStack() as stack:
-            if position < len(self._attended):
-                attended = self._attended[position]
-                stack.enter_context(_answering(attention, lambda *_, **__: attended))
+            if "attention" in self._gone:
+                _silence(stack, self._family, self.layer, "attention")
             elif position < len(self._heads):
                 stack.enter_context(_answering(attention, lambda *_, **__: self._attend(position)))
+            elif position < len(self._attended):
+                attended = self._attended[position]
+                stack.enter_context(_answering(attention, lambda *_, **__: attended))
             elif remember:
                 stack.callback(attention.register_forward_hook(self._keep_attended).remove)
-            if position < len(self._channels):
+            if "feed_forward" in self._gone:
+                _silence(stack, self._family, self.layer, "feed_forward")
+            elif position < len(self._channels):
                 self._answer_for_channels(stack, self._channels[position])
             return batch.run(self.layer, self.index, hidden)
 
@@ -297,10 +356,8 @@ class Visit:
 
     def _attend(self, position: int) -> tuple[Tensor, None]:
         """What attention puts out, from the outputs of its heads; attentions of transformers put out their weights as well."""
-        assert self._family.heads is not None
-        output = self._family.module(self.layer, self._family.heads.output)
-        self._attended.append((output(self._heads[position]), None))
-        return cast("tuple[Tensor, None]", self._attended[-1])
+        output = self._family.module(self.layer, self._family.attention_output)
+        return output(self._heads[position]), None
 
     def _answer_for_channels(self, stack: ExitStack, channels: Tensor) -> None:
         """The FFN answers with the output projection of the channels."""
@@ -344,16 +401,21 @@ def walk(
         NumericalError: a layer puts out a value that is not finite.
     """
     stream = embed(model, family, calibration)
-    _check_finite(stream, "The embeddings")
+    check_finite((hidden for _, hidden in stream), "The embeddings")
     for index, layer in enumerate(progress.track(family.layers_of(model), description)):
         visit = Visit(index, layer, family, stream)
         yield visit
         visit.leave()
-        _check_finite(stream, f"Decoder layer {index}")
+        check_finite((hidden for _, hidden in stream), f"Decoder layer {index}")
 
 
-def _check_finite(stream: list[tuple[Batch, Tensor]], what: str) -> None:
-    if not all(torch.stack(torch.aminmax(hidden)).isfinite().all() for _, hidden in stream):
+def check_finite(hidden_states: Iterable[Tensor], what: str) -> None:
+    """Checks what comes out of a part of the model.
+
+    Raises:
+        NumericalError: a value is not finite.
+    """
+    if not all(torch.stack(torch.aminmax(hidden)).isfinite().all() for hidden in hidden_states):
         raise NumericalError(
             f"{what} of the model puts out values that are not finite. Look for NaN or infinity in its weights, or compute "
             f"in bfloat16 or float32 instead of float16."

@@ -4,8 +4,8 @@ A copy of this file lies beside the weights of such a checkpoint. So it loads wi
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`; after `import optimum_prune` no remote code is needed.
 
 The `config.json` has a model type of its own, so that nothing takes it for a stock checkpoint. In it, `base_config` is the
-config of the stock architecture, of `base_model_type`, and `pruned` says where the decoder layers are and which fields of the
-config each has for itself.
+config of the stock architecture, of `base_model_type`, and `pruned` says where the decoder layers are, which fields of the
+config each has for itself, and which of its blocks were left out.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig
 
 if TYPE_CHECKING:
@@ -42,6 +45,53 @@ class LayerConfig:
         if name.startswith("__") or "_config" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self._config, name)
+
+
+class Nothing(nn.Module):
+    """Takes the place of a block that was left out, or of its last module: puts out zeros like the hidden states."""
+
+    puts_out_nothing = True
+
+    def __init__(self, block: str) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What attention puts out has its weights beside it, of which there are none."""
+        zeros = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
+        return (zeros, None) if self.block == "attention" else zeros
+
+
+def leave_out(layer: nn.Module, block: str, modules: Sequence[str]) -> None:
+    """Leaves a block out of a decoder layer, in place.
+
+    Args:
+        block: "attention" or "feed_forward".
+        modules: paths of the modules that make it up, from where hidden states enter to where they leave.
+    """
+    for path in modules[:-1]:
+        layer.set_submodule(path, nn.Identity())
+    layer.set_submodule(modules[-1], Nothing(block))
+
+
+def settle_cache(layers: Any, attention: str, layer_types: Sequence[str] | None) -> None:
+    """Sees to it that the length of a cache can be told where attentions were left out, in place.
+
+    A model asks the cache of its first layer of each type how long it is. Where that layer has no attention, the next one of its
+    type uses that cache.
+
+    Raises:
+        ValueError: there is none.
+    """
+    types = list(layer_types or [""] * len(layers))
+    for kind in dict.fromkeys(types):
+        of_kind = [index for index, found in enumerate(types) if found == kind]
+        left = [index for index in of_kind if not hasattr(layers[index].get_submodule(attention), "puts_out_nothing")]
+        if not left:
+            raise ValueError(f"No attention of the type '{kind or 'attention'}' would be left, and caches need one.")
+        for module in layers[left[0]].get_submodule(attention).modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = of_kind[0]
 
 
 class PrunedConfig(PreTrainedConfig):  # type: ignore[misc]  # not annotated
@@ -118,6 +168,10 @@ class _ModelOfPruned:
         for index, own in enumerate(shapes["own"]):
             if own:
                 layers[index] = type(layers[index])(LayerConfig(text, own), index)
+            for block in own.get("without", ()):
+                leave_out(layers[index], block, shapes["blocks"][block])
+        if any("without" in own for own in shapes["own"]):
+            settle_cache(layers, shapes["blocks"]["attention"][0], getattr(text, "layer_types", None))
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         # The stock architecture's older names of weights are not for this model type.
@@ -148,20 +202,23 @@ def _pruned_classes(base: type) -> tuple[Any, Any]:
     return config, kind
 
 
-def dress(model: PreTrainedModel, layers: str, config: str, own: list[dict[str, Any]]) -> None:
+def dress(
+    model: PreTrainedModel, layers: str, config: str, blocks: dict[str, list[str]], own: list[dict[str, Any]]
+) -> None:
     """Makes a stock model, whose layers were cut already, a pruned one that can be saved; in place.
 
     Args:
         layers: path of its decoder layers.
         config: path from its config to that of the decoder, empty if they are the same.
-        own: fields of the config that each layer has for itself.
+        blocks: paths of the modules that make up attention and FFN of a layer.
+        own: fields of the config that each layer has for itself, and `without`, the blocks that it has not.
 
     Raises:
         KeyError: it is no stock model.
     """
     kinds = pruned_classes(type(model.config))
     model.config.__class__, model.__class__ = kinds
-    model.config.pruned = {"layers": layers, "config": config, "own": own}
+    model.config.pruned = {"layers": layers, "config": config, "blocks": blocks, "own": own}
     model.config.auto_map = dict(AUTO_MAP)
 
 

@@ -59,6 +59,8 @@ class PrunePass(Pass):
     """A pass that makes the model smaller: it decides, and `surgery` cuts."""
 
     stage = Stage.PRUNE
+    foresees_layers: ClassVar[bool] = True
+    """Whether `foresee` knows how many layers will be left, or only about how large the model will be."""
 
     @abstractmethod
     def foresee(self, shape: Shape) -> Shape:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from optimum_prune.anatomy import Family, FeedForward, Linear
-from optimum_prune.cuts import PARTS, Cuts, Decision
+from optimum_prune.cuts import BLOCKS, PARTS, Cuts, Decision
 from optimum_prune.errors import SurgeryError, reason
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ def carry_out(model: PreTrainedModel, family: Family, decision: Decision) -> Non
 
 def cut_layer(layer: nn.Module, family: Family, cuts: Cuts, index: int, config: PreTrainedConfig) -> None:
     """Makes of a decoder layer, in place, what the cuts say of the layer `index`; given the config of the decoder."""
+    if index in cuts.blocks:
+        keep_blocks(layer, family, cuts.blocks[index])
     if index in cuts.heads:
         keep_heads(layer, family, cuts.heads[index])
         follow_config(layer, family, index, config)  # attention may ask its config for their number
@@ -52,6 +54,24 @@ def cut_layer(layer: nn.Module, family: Family, cuts: Cuts, index: int, config: 
         if family.experts is None or family.experts.shared is None:
             raise SurgeryError(f"Family '{family.name}' has no shared experts to cut.")
         keep_channels(layer, family, cuts.shared[index], family.experts.shared)
+
+
+def keep_blocks(layer: nn.Module, family: Family, kept: Sequence[str]) -> None:
+    """Keeps these blocks of a decoder layer, in place.
+
+    Raises:
+        SurgeryError: none would be left, or there is no such block.
+    """
+    from optimum_prune.modeling_pruned import leave_out
+
+    blocks = family.blocks_of(layer)
+    if not kept or not set(kept) <= set(blocks):
+        raise SurgeryError(
+            f"Of a layer's blocks, {', '.join(blocks)}, one at least must be kept, and no other. Leave out the whole layer instead."
+        )
+    for block in blocks:
+        if block not in kept:
+            leave_out(layer, block, family.block_modules(block))
 
 
 def keep_channels(
@@ -99,7 +119,7 @@ def keep_heads(layer: nn.Module, family: Family, kept: Sequence[int]) -> None:
         raise SurgeryError(
             f"The config of family '{family.name}' cannot say that a layer has fewer heads of the same size. Cut its channels only."
         )
-    output = family.linear(layer, family.heads.output)
+    output = family.linear(layer, family.attention_output)
     heads, queries, size = family.head_counts(layer)
     _check(kept, heads, "key-value heads")
     rows = {role: _rows(kept, size * (queries if role == "query" else 1)) for role in ("query", "key", "value")}
@@ -196,24 +216,30 @@ def settle(model: PreTrainedModel, family: Family) -> None:
     Raises:
         SurgeryError: the config cannot say it.
     """
-    from optimum_prune.modeling_pruned import dress, undress
+    from optimum_prune.modeling_pruned import dress, settle_cache, undress
 
     text, layers = family.text_config(model.config), family.layers_of(model)
     fields = [family.fields(layer) for layer in layers]
     common = {name: max(own[name] for own in fields if name in own) for name in {}.fromkeys(chain(*fields))}
-    owned = [{name: value for name, value in own.items() if value != common[name]} for own in fields]
+    owned: list[dict[str, Any]] = [
+        {name: value for name, value in own.items() if value != common[name]} for own in fields
+    ]
+    for layer, own in zip(layers, owned, strict=True):
+        if missing := [block for block in BLOCKS if block not in family.blocks_of(layer)]:
+            own["without"] = missing
     changed = any(getattr(text, name) != value for name, value in common.items())
     undress(model)
     if not changed and not any(owned):
         return
-    if family.heads is not None:
-        for name, value in _head_size(family, layers[0], text, fields).items():
+    for layer, own in zip(layers, fields, strict=True):
+        for name, value in _head_size(family, layer, text, own).items():
             setattr(text, name, value)
     for name, value in common.items():
         setattr(text, name, value)
     if any(owned):
         try:
-            dress(model, family.layers, family.config, owned)
+            blocks = {block: list(family.block_modules(block)) for block in BLOCKS}
+            dress(model, family.layers, family.config, blocks, owned)
         except KeyError:
             raise SurgeryError(
                 f"The layers of {type(model).__name__} would differ in shape, which can be saved for architectures of transformers "
@@ -221,15 +247,19 @@ def settle(model: PreTrainedModel, family: Family) -> None:
             ) from None
     for index, layer in enumerate(layers):
         follow_config(layer, family, index, text)
+    if any("without" in own for own in owned):
+        try:
+            settle_cache(layers, family.attention, getattr(text, "layer_types", None))
+        except ValueError as error:
+            raise SurgeryError(f"{error} Remove fewer attentions.") from error
 
 
 def _head_size(
-    family: Family, layer: nn.Module, config: PreTrainedConfig, fields: Sequence[Mapping[str, int]]
+    family: Family, layer: nn.Module, config: PreTrainedConfig, fields: Mapping[str, int]
 ) -> dict[str, int]:
-    """What a config has to say of the size of a head where layers have not as many heads as it says; else nothing."""
-    assert family.heads is not None
-    name = family.heads.query_heads
-    if all(own[name] == getattr(config, name) for own in fields):
+    """What a config has to say of the size of a head where a layer has not as many heads as it says; else nothing."""
+    name = "" if family.heads is None else family.heads.query_heads
+    if fields.get(name) in (None, getattr(config, name, None)):
         return {}
     return {"head_dim": family.head_counts(layer).size}
 
@@ -248,8 +278,7 @@ def follow_config(layer: nn.Module, family: Family, index: int, text: PreTrained
 
     fields = family.fields(layer)
     own = {name: value for name, value in fields.items() if getattr(text, name) != value}
-    if family.heads is not None and own:
-        own |= _head_size(family, layer, text, [fields])
+    own |= _head_size(family, layer, text, fields)
     config = LayerConfig(text, own) if own else text
     try:
         with torch.device("meta"):
@@ -258,13 +287,15 @@ def follow_config(layer: nn.Module, family: Family, index: int, text: PreTrained
         raise SurgeryError(f"{type(layer).__name__} cannot be made with {own}: {reason(error)}") from error
     for name, module in layer.named_modules():
         for field, value in vars(afresh.get_submodule(name)).items():
+            if not hasattr(module, field):  # of a block that is not there
+                continue
             if field == "config" or (isinstance(value, int) and not isinstance(value, bool)):
                 setattr(module, field, config if field == "config" else value)
-    for name, parameter in afresh.named_parameters():
-        if layer.get_parameter(name).shape != parameter.shape:
+    for name, parameter in layer.named_parameters():
+        if afresh.get_parameter(name).shape != parameter.shape:
             raise SurgeryError(
-                f"The config can say {own}, but then '{name}' of layer {index} has the shape {tuple(parameter.shape)}, not "
-                f"{tuple(layer.get_parameter(name).shape)}. Please report it with the architecture."
+                f"The config can say {own}, but then '{name}' of layer {index} has the shape {tuple(afresh.get_parameter(name).shape)}, "
+                f"not {tuple(parameter.shape)}. Please report it with the architecture."
             )
 
 

@@ -68,7 +68,7 @@ def _outgoing(model: PreTrainedModel, family: Family, cuts: Cuts) -> Iterator[tu
     layers = family.layers_of(model)
     for index, kept in cuts.heads.items():
         features = features_of_heads(layers[index], family, kept)
-        yield family.linear(layers[index], family.heads.output).weight, features
+        yield family.linear(layers[index], family.attention_output).weight, features
     for index, kept in cuts.channels.items():
         yield family.linear(layers[index], family.feed_forward.output).weight, kept
     for index, experts in cuts.experts.items():

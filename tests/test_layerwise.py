@@ -144,7 +144,7 @@ def test_observing_hands_over_every_token_that_is_not_padding(name, subject, pad
     for visit in visits(model, family, windows):
         observations = []
         if family.heads is not None:
-            observations.append((visit.observe_heads, family.heads.output))
+            observations.append((visit.observe_heads, family.attention_output))
         if family.experts_of(visit.layer) is None:
             observations.append((visit.observe_channels, family.feed_forward.output))
         for observe, path in observations:

@@ -15,6 +15,7 @@ def families() -> Iterator[Family]:
         model_types=("gpt2",),
         layers="transformer.h",
         attention="attn",
+        attention_output="attn.c_proj",
         heads=None,  # always hidden_size / num_attention_heads wide
         feed_forward=FeedForward(inputs=("mlp.c_fc",), output="mlp.c_proj", width="n_inner"),
     )

@@ -15,6 +15,7 @@ def families() -> Iterator[Family]:
         model_types=("gpt_neox",),
         layers="gpt_neox.layers",
         attention="attention",
+        attention_output="attention.dense",
         heads=None,  # always hidden_size / num_attention_heads wide
         feed_forward=FeedForward(inputs=("mlp.dense_h_to_4h",), output="mlp.dense_4h_to_h"),
     )

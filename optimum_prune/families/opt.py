@@ -14,6 +14,7 @@ def families() -> Iterator[Family]:
         name="opt",
         model_types=("opt",),
         layers="model.decoder.layers",
+        attention_output="self_attn.out_proj",
         heads=None,  # always hidden_size / num_attention_heads wide
         feed_forward=FeedForward(module=None, inputs=("fc1",), output="fc2", width="ffn_dim"),
     )

@@ -12,30 +12,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise, repeat
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # documented, but not declared public
 
 from optimum_prune import layerwise
 from optimum_prune.allocation import Divergence, Measured, allocate, split
 from optimum_prune.anatomy import Family, Linear
 from optimum_prune.cuts import Cuts, Decision
-from optimum_prune.elimination import Elimination, damped, eliminate, eliminate_groups
-from optimum_prune.errors import NumericalError, RecipeError
+from optimum_prune.elimination import Elimination, eliminate, eliminate_groups
+from optimum_prune.errors import RecipeError
 from optimum_prune.hookspecs import hookimpl
 from optimum_prune.layerwise import Visit
 from optimum_prune.options import option
 from optimum_prune.passes import Pass, PrunePass
 from optimum_prune.progress import Progress
+from optimum_prune.reconstruction import Aim, moved, named, observed_channels
 from optimum_prune.shape import LayerShape, Shape
-from optimum_prune.statistics import Cross, Gram
+from optimum_prune.statistics import Gram
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -235,7 +233,7 @@ class Osscar(PrunePass):
             if target.expert_width < shape.expert_width:
                 yield self._decide_experts(visit, family, _observed_experts(visit, family), target.expert_width)
             if target.width < shape.width or (changed and reference is not None and shape.width):
-                gram = _observed_channels(visit, family)
+                gram = observed_channels(visit, family)
                 aim = self._aim(visit, family, gram, reference if changed else None)
                 channels = self._decide_channels(visit, family, gram, target.width, aim)
                 visit.narrow(channels.cuts.channels[visit.index])
@@ -273,7 +271,7 @@ class Osscar(PrunePass):
         """What of a layer may be narrowed, and to which sizes it is to measure."""
         fewer = [count for count in layer.possible_heads if count < layer.heads]
         if self.params is not None and self.head_ratio is None and fewer:
-            yield _Part("heads", (fewer[-1],), layer.heads - fewer[-1], layer.per_head)
+            yield _Part("heads", (fewer[-1],), None, layer.per_head)
         if layer.width:
             multiple = self._multiple(layer.width, experts=False)
             yield _Part("width", _trials(layer.width, uniform.width, multiple), multiple, layer.per_channel)
@@ -288,7 +286,7 @@ class Osscar(PrunePass):
             gram = _observed_heads(visit, family)
             return [self._decide_heads(visit, family, gram, size) for size in part.sizes]
         if part.field == "width":
-            gram = _observed_channels(visit, family)
+            gram = observed_channels(visit, family)
             aim = self._aim(visit, family, gram, None)
             return [self._decide_channels(visit, family, gram, size, aim) for size in part.sizes]
         grams = _observed_experts(visit, family)
@@ -296,16 +294,16 @@ class Osscar(PrunePass):
 
     def _decide_heads(self, visit: Visit, family: Family, gram: Gram, keep: int) -> Decision:
         assert family.heads is not None
-        aim = Aim.of(family.linear(visit.layer, family.heads.output))
+        aim = Aim.of(family.linear(visit.layer, family.attention_output))
         counts = family.head_counts(visit.layer)
         size = counts.queries * counts.size
-        with _named(f"The attention of layer {visit.index}", aim.weight, self._damping):
-            result = eliminate_groups(self._moments(gram, aim), aim.weight, keep, size)
+        with named(f"The attention of layer {visit.index}", aim.weight, self._damping):
+            result = eliminate_groups(aim.moments(gram, self._damping), aim.weight, keep, size)
         inputs = [head * size + feature for head in result.kept for feature in range(size)]
-        name = f"{family.layers}.{visit.index}.{family.heads.output}"
+        name = f"{family.layers}.{visit.index}.{family.attention_output}"
         return Decision(
             cuts=Cuts(heads={visit.index: result.kept}),
-            weights=aim.fitted(name, family.linear(visit.layer, family.heads.output), result, gram, inputs),
+            weights=aim.fitted(name, family.linear(visit.layer, family.attention_output), result, gram, inputs),
             evidence={"layer": visit.index, "heads": keep, "relative_error": result.relative_error},
         )
 
@@ -346,55 +344,16 @@ class Osscar(PrunePass):
         return Decision(cuts, weights, evidence)
 
     def _eliminated(self, what: str, gram: Gram, aim: Aim, keep: int) -> Elimination:
-        with _named(what, aim.weight, self._damping):
-            moments = self._moments(gram, aim)
+        with named(what, aim.weight, self._damping):
+            moments = aim.moments(gram, self._damping)
             return eliminate(moments, aim.weight, keep, len(moments) if self.one_shot else self.step, self.swaps)
 
-    def _moments(self, gram: Gram, aim: Aim) -> Float[Tensor, "in in"]:
-        return damped(gram.value if aim.bias is None else gram.centered, self._damping)
-
     def _aim(self, visit: Visit, family: Family, gram: Gram, reference: Visit | None) -> Aim:
-        """What the FFN's output projection is to compute: as it is, it computes that of the dense model for other inputs.
-
-        With E what the hidden states behind the layer lack of the dense model's, `B + correction * H^-1 X'E` comes nearer to them;
-        and a bias takes the mean of E as far as X does not give it. Where a norm follows the projection, it stays as it is.
-        """
-        aim = Aim.of(family.linear(visit.layer, family.feed_forward.output))
-        if reference is None or not visit.adds_output():
-            return aim
-        lack = Cross(gram.features, aim.weight.shape[0], aim.weight.device)
-        for (rows, hidden), (batch, dense) in zip(visit.outputs(), reference.stream, strict=True):
-            counted = batch.mask.flatten().to(hidden.device)
-            lack.add(rows[counted], (dense.float() - hidden.float()).flatten(0, -2)[counted])
-        with _named(f"The FFN of layer {visit.index}", aim.weight, self._damping):
-            factor = torch.linalg.cholesky(self._moments(gram, aim))
-        products = lack.value if aim.bias is None else lack.centered(gram)
-        move = self._correction * torch.cholesky_solve(products, factor).T
-        bias = None if aim.bias is None else aim.bias + self._correction * lack.mean - move @ gram.mean
-        return Aim(aim.weight + move, bias)
-
-
-@dataclass(frozen=True)
-class Aim:
-    """The linear map that what is kept of a projection is to come close to."""
-
-    weight: Float[Tensor, "out in"]
-    bias: Float[Tensor, " out"] | None
-
-    @classmethod
-    def of(cls, linear: Linear) -> Aim:
-        """What a projection computes as it is."""
-        return cls(linear.weight, linear.bias)
-
-    def fitted(
-        self, name: str, linear: Linear, result: Elimination, gram: Gram, inputs: Sequence[int]
-    ) -> dict[str, Tensor]:
-        """New weights of the projection by their names; its bias takes over the mean of what the kept inputs do not give."""
-        weights = {f"{name}.weight": linear.stored(result.weight)}
-        if self.bias is not None:
-            lost = self.weight.double() @ gram.mean - result.weight @ gram.mean[list(inputs)]
-            weights[f"{name}.bias"] = self.bias + lost
-        return weights
+        """What the FFN's output projection is to come close to: itself, moved towards the dense model's hidden states."""
+        if reference is None:
+            return Aim.of(family.linear(visit.layer, family.feed_forward.output))
+        goal = (hidden for _, hidden in reference.stream)
+        return moved(visit, family, gram, goal, self._damping, self._correction)
 
 
 class _Part(NamedTuple):
@@ -403,8 +362,8 @@ class _Part(NamedTuple):
     field: str
     sizes: tuple[int, ...]
     """To be measured, from large to small."""
-    unit: int
-    """Sizes go down by this much at a time."""
+    unit: int | None
+    """Sizes are multiples of this; None if nothing between those that are measured is possible."""
     parameters: int
     """That go with one head or channel."""
 
@@ -425,14 +384,8 @@ def _trials(width: int, uniform: int, multiple: int) -> tuple[int, ...]:
 
 def _observed_heads(visit: Visit, family: Family) -> Gram:
     assert family.heads is not None
-    gram = _gram_for(family.linear(visit.layer, family.heads.output))
+    gram = _gram_for(family.linear(visit.layer, family.attention_output))
     visit.observe_heads(gram.add)
-    return gram
-
-
-def _observed_channels(visit: Visit, family: Family) -> Gram:
-    gram = _gram_for(family.linear(visit.layer, family.feed_forward.output))
-    visit.observe_channels(gram.add)
     return gram
 
 
@@ -456,20 +409,6 @@ def _usual_multiple(width: int) -> int:
     while multiple > 1 and width // multiple < 16:
         multiple //= 2
     return multiple
-
-
-@contextmanager
-def _named(what: str, weight: Tensor, damping: float) -> Iterator[None]:
-    """Gives numerical trouble in the solver the name of what it is about."""
-    if not weight.isfinite().all():
-        raise NumericalError(f"{what} has output weights that are not finite. Mend the checkpoint.")
-    try:
-        yield
-    except LinAlgError as error:
-        raise NumericalError(
-            f"{what} has activations that are not finite, or too ill-conditioned to solve for. Look for NaN or infinity in the "
-            f"weights, or raise 'damping' above {damping}."
-        ) from error
 
 
 @hookimpl

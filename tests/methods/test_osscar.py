@@ -270,7 +270,7 @@ def test_the_bias_takes_over_the_mean_of_what_is_lost(name, plugins):
 def test_heads_are_decided_over_what_they_put_out_in_the_pruned_stream(name, subject, padded):
     model, family = subject
     windows = tiny.windows(5, padded=padded)
-    path = family.heads.output
+    path = family.attention_output
     for index, decision in enumerate(Osscar(head_ratio=0.5, damping=0.01).decide(model, family, windows, Progress())):
         linear = family.linear(family.layers_of(model)[index], path)
         rows = inputs_of(model, linear.module, windows)

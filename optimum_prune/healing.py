@@ -1,0 +1,160 @@
+"""Healing a model that whole layers or blocks are left out of, by least squares: no training, and no parameter more.
+
+In front of each gap, the output projections of attention and of the FFN are refitted so that the hidden states behind their layer come
+near to what those of the dense model are behind the gap; attention takes half of the way, the FFN what then is left. Behind
+the gap, every layer's projections are moved some way towards the dense model's hidden states, the farther from the gap the less: all
+the way would fit the calibration text too closely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from optimum_prune import layerwise
+from optimum_prune.cuts import Decision
+from optimum_prune.errors import NumericalError
+from optimum_prune.progress import Progress
+from optimum_prune.reconstruction import refitted
+
+SHARE = 0.5
+"""How much of the way over a gap attention is to go."""
+CORRECTION, FADING = 0.4, 0.85
+"""How far the first layer behind a gap is moved towards the dense model, and how much less each one behind."""
+DAMPING = 0.15
+"""Of these corrections."""
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from optimum_prune.anatomy import Family
+    from optimum_prune.calibration import Calibration
+    from optimum_prune.layerwise import Batch, Visit
+
+
+def heal(
+    model: PreTrainedModel,
+    family: Family,
+    calibration: Calibration,
+    kept: Mapping[int, Sequence[str]],
+    damping: float,
+    progress: Progress,
+) -> Iterator[Decision]:
+    """New weights for what stays in front of each gap, one decision after the other; what is to go is still there.
+
+    A gap at the very beginning stays as it is, and so does what has a norm behind it, or a mixture of experts in front of it.
+
+    Args:
+        kept: of each layer, the blocks that stay; of a layer that goes, none.
+        damping: added to the gram's diagonal, relative to its mean.
+    """
+    visits = layerwise.walk(model, family, calibration, progress, "Healing")
+    dense = layerwise.walk(model, family, calibration, Progress(), "")
+    strength = 0.0
+    for visit, reference in zip(visits, dense, strict=True):
+        blocks = kept[visit.index]
+        if not blocks:
+            visit.skip()
+            if broken := _broken(model, family, reference, range(visit.index, visit.index + 1)):
+                yield broken
+                return
+            continue
+        missing = [block for block in family.blocks_of(visit.layer) if block not in blocks]
+        gap = _gap_behind(visit.index, kept)
+        visit.leave_out(missing)
+        attended = reference.attended()
+        reference.leave()
+        behind = [hidden for _, hidden in reference.stream]
+        layerwise.check_finite(behind, f"Decoder layer {visit.index}")
+        if broken := _broken(model, family, reference, gap):
+            yield broken
+            return
+        if gap or missing:
+            goal = [through(model, family, batch, hidden, gap) for batch, hidden in reference.stream]
+            yield from _bridge(visit, family, blocks, attended, behind, goal, damping)
+            strength = CORRECTION
+        elif strength:
+            yield from _correct(visit, family, blocks, attended, behind, strength)
+            strength *= FADING
+
+
+def _broken(model: PreTrainedModel, family: Family, reference: Visit, gap: range) -> Decision | None:
+    """Why nothing can be healed from here on: a layer that goes puts out values that are not finite."""
+    try:
+        for batch, hidden in reference.stream:
+            through(model, family, batch, hidden, gap)
+    except NumericalError as error:
+        return Decision(evidence={"not_healed": str(error)})
+    return None
+
+
+def _bridge(
+    visit: Visit,
+    family: Family,
+    blocks: Sequence[str],
+    attended: list[Tensor],
+    behind: list[Tensor],
+    goal: list[Tensor],
+    damping: float,
+) -> Iterator[Decision]:
+    """Refits what is left of a layer so that it puts out the goal, which lies behind the gap."""
+    path = projection(visit, family, blocks)
+    if path is None:
+        return
+    if len(blocks) > 1:
+        wanted = [middle + far - near for middle, far, near in zip(attended, goal, behind, strict=True)]
+        yield from _refit(visit, family, wanted, damping, family.attention_output, SHARE)
+    yield from _refit(visit, family, goal, damping, path, 1.0)
+
+
+def _correct(
+    visit: Visit, family: Family, blocks: Sequence[str], attended: list[Tensor], behind: list[Tensor], strength: float
+) -> Iterator[Decision]:
+    """Moves what a layer puts out some way towards what it puts out in the dense model."""
+    if "attention" in blocks:
+        yield from _refit(visit, family, attended, DAMPING, family.attention_output, strength)
+    if projection(visit, family, blocks) == family.feed_forward.output:
+        yield from _refit(visit, family, behind, DAMPING, family.feed_forward.output, strength)
+
+
+def _refit(
+    visit: Visit, family: Family, goal: list[Tensor], damping: float, path: str, strength: float
+) -> Iterator[Decision]:
+    """New weights of one projection; none where a norm follows it."""
+    if weights := refitted(visit, family, goal, damping, path, strength):
+        evidence = {"healed": visit.index, "projection": path, "strength": strength}
+        yield Decision(weights=weights, evidence=evidence)
+
+
+def projection(visit: Visit, family: Family, blocks: Sequence[str]) -> str | None:
+    """Path of the projection in the visited layer that can be refitted, if only these blocks of it stay."""
+    if "feed_forward" in blocks:
+        return family.feed_forward.output if family.experts_of(visit.layer) is None else None
+    return family.attention_output
+
+
+@torch.no_grad()
+def through(
+    model: PreTrainedModel, family: Family, batch: Batch, hidden: Float[Tensor, "w t h"], layers: range
+) -> Float[Tensor, "w t h"]:
+    """Hidden states behind some consecutive layers, from those before.
+
+    Raises:
+        NumericalError: a layer puts out a value that is not finite.
+    """
+    for index in layers:
+        hidden = batch.run(family.layers_of(model)[index], index, hidden)
+        layerwise.check_finite([hidden], f"Decoder layer {index}")
+    return hidden
+
+
+def _gap_behind(index: int, kept: Mapping[int, Sequence[str]]) -> range:
+    """The layers right behind a layer that go."""
+    end = index + 1
+    while end in kept and not kept[end]:
+        end += 1
+    return range(index + 1, end)

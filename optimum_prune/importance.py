@@ -1,0 +1,145 @@
+"""Scores of decoder layers from the weights, their gradients, or the hidden states around them: high means keep.
+
+Taylor and magnitude as in Shortened LLaMA (Kim et al., arXiv 2402.02834), cosine as in ShortGPT (arXiv 2403.03853), angular as in "The
+Unreasonable Ineffectiveness of the Deeper Layers" (arXiv 2403.17887).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from optimum_prune import layerwise
+from optimum_prune.evaluation import token_losses
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from transformers import PreTrainedModel
+
+    from optimum_prune.anatomy import Family
+    from optimum_prune.calibration import Calibration
+    from optimum_prune.layerwise import Batch
+    from optimum_prune.progress import Progress
+
+
+@torch.no_grad()
+def magnitudes(model: PreTrainedModel, family: Family) -> list[float]:
+    """Of each layer the sum of `|w|` over its matrices and norms, biases left out."""
+    return [
+        sum(weight.float().abs().sum(dtype=torch.float64).item() for weight in _weights(layer))
+        for layer in family.layers_of(model)
+    ]
+
+
+def taylor(model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress) -> list[float]:
+    """Of each layer the sum of `|w dL/dw|` over its matrices and norms, biases left out.
+
+    L is the mean cross-entropy of each window, summed over windows: the gradient is summed before the absolute value is taken.
+    Gradients are computed layer by layer from the last to the first, from hidden states kept before each; those of a single
+    layer are ever held, in float32.
+    """
+    layers = family.layers_of(model)
+    with torch.no_grad():
+        streams = []
+        for batch, hidden in layerwise.embed(model, family, calibration, calibration.tokens.shape[1]):
+            before = [hidden]
+            for index, layer in enumerate(layers):
+                before.append(batch.run(layer, index, before[-1]))
+            streams.append((batch, before))
+    with _frozen(model):
+        gradients = [_at_the_end(model, family, batch, before.pop()) for batch, before in streams]
+        scores = []
+        for index in progress.track(range(len(layers) - 1, -1, -1), "Gradients, layer by layer"):
+            weights = list(_weights(layers[index]))
+            sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+            for position, (batch, before) in enumerate(streams):
+                hidden = before.pop().detach().requires_grad_()
+                with torch.enable_grad():
+                    for weight in weights:
+                        weight.requires_grad_()
+                    output = batch.run(layers[index], index, hidden)
+                    found = torch.autograd.grad(output, [hidden, *weights], gradients[position], allow_unused=True)
+                gradients[position] = found[0]
+                for total, gradient in zip(sums, found[1:], strict=True):
+                    if gradient is not None:  # an expert that no token reached
+                        total += gradient.float()
+            for weight in weights:
+                weight.requires_grad_(False)
+            products = zip(weights, sums, strict=True)
+            scores.append(
+                sum(
+                    (weight.detach().float() * total).abs().sum(dtype=torch.float64).item()
+                    for weight, total in products
+                )
+            )
+    return scores[::-1]
+
+
+@torch.no_grad()
+def distances(
+    model: PreTrainedModel, family: Family, calibration: Calibration, span: int, angular: bool, progress: Progress
+) -> list[float]:
+    """How far hidden states turn over each stretch of `span` layers, from a single pass.
+
+    Returns:
+        For the stretch that starts at layer 0, 1, ...: `1 - cos` averaged over tokens, or, if angular, `arccos / pi` averaged
+        over the last tokens of the windows.
+    """
+    layers = family.layers_of(model)
+    totals = torch.zeros(len(layers) - span + 1, dtype=torch.float64)
+    count = 0
+    stream = layerwise.embed(model, family, calibration)
+    for batch, hidden in progress.track(stream, f"Distances over {span} layers"):
+        recent = [hidden]
+        counted = _last(batch.mask) if angular else batch.mask
+        count += int(counted.sum())
+        for index, layer in enumerate(layers):
+            recent.append(batch.run(layer, index, recent[-1]))
+            if len(recent) > span:
+                cosine = nn.functional.cosine_similarity(
+                    recent.pop(0)[counted].double(), recent[-1][counted].double(), dim=-1
+                )
+                away = cosine.clamp(-1, 1).arccos() / torch.pi if angular else 1 - cosine
+                totals[index + 1 - span] += away.sum().cpu()
+    return (totals / count).tolist()
+
+
+def _last(mask: Tensor) -> Tensor:
+    """True at the last token of each window that is no padding."""
+    behind = mask.flip(-1).cumsum(-1).flip(-1)
+    return mask & (behind == 1)
+
+
+def _weights(layer: nn.Module) -> Iterator[nn.Parameter]:
+    return (weight for name, weight in layer.named_parameters() if name.rpartition(".")[2] != "bias")
+
+
+def _at_the_end(
+    model: PreTrainedModel, family: Family, batch: Batch, hidden: Float[Tensor, "w t h"]
+) -> Float[Tensor, "w t h"]:
+    """The gradient of the loss with respect to the hidden states behind the last layer."""
+    hidden = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        losses = [
+            token_losses(layerwise.logits(model, family, one, part)[0], one.tokens[0], one.mask[0]).mean()
+            for one, part in batch.split(hidden)
+        ]
+        (gradient,) = torch.autograd.grad(torch.stack(losses).sum(), hidden)
+    return gradient
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Lets no parameter of a model ask for a gradient, for the time of a `with`."""
+    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in asking:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in asking:
+            parameter.requires_grad_()

@@ -1,0 +1,205 @@
+"""The search over variants of a model that differ from it in some layers.
+
+For each batch of windows the model is walked once, layer by layer. A variant shares the model's hidden states up to the first
+layer in which it differs, and has a stream of its own from there on; so prefixes are computed once. As many windows are taken
+at a time as their streams fit a budget of memory.
+
+In a race, variants that are worse beyond doubt stop early. Losses are compared token by token with those of the best so far,
+which takes most of the noise away, and averaged over blocks of neighbouring tokens, whose losses are not independent: a
+variant is out when its mean difference exceeds `DOUBT` standard errors of that mean. The others are measured in full.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from optimum_prune import layerwise
+from optimum_prune.errors import NumericalError
+from optimum_prune.evaluation import token_losses
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from optimum_prune.anatomy import Family
+    from optimum_prune.calibration import Calibration
+    from optimum_prune.layerwise import Batch
+    from optimum_prune.progress import Progress
+
+MEMORY = 2**30
+"""Bytes that the streams of a search may take."""
+BLOCK = 32
+"""Neighbouring tokens whose losses count as one observation."""
+FEWEST_BLOCKS = 12
+"""Nothing is out before so many were observed."""
+DOUBT = 4.0
+"""Standard errors by which a variant must be worse to be out."""
+
+LARGEST_LOSS = 700.0
+
+RunLayer = Callable[["Batch", int, "Tensor"], "Tensor"]
+"""Hidden states behind a layer, by its index, from those before."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A model that differs from another in some consecutive layers only."""
+
+    start: int
+    """The first of them."""
+    resume: int
+    """The first layer behind them."""
+    run: Callable[[Batch, Tensor], Tensor]
+    """Hidden states before layer `resume`, from those before layer `start`."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What the variants of a search lose, in nats for each predicted token."""
+
+    base: float
+    """Of the model itself."""
+    means: tuple[float, ...]
+    """Of each variant, over the tokens it was measured on; infinite where a loss is not finite."""
+    tokens: tuple[int, ...]
+    """On how many tokens each was measured: all, or fewer if it was out of a race before."""
+
+    behind: tuple[float, ...]
+    """By how much the loss of each is above that of the best, over the tokens it was measured on."""
+
+    @property
+    def ranked(self) -> list[int]:
+        """The variants, the best first; those that were out of a race come after those that were measured in full."""
+        full = max(self.tokens)
+        return sorted(range(len(self.means)), key=lambda index: (self.tokens[index] < full, self.behind[index]))
+
+
+@torch.no_grad()
+def measure(
+    model: PreTrainedModel,
+    family: Family,
+    calibration: Calibration,
+    variants: Sequence[Variant],
+    progress: Progress,
+    description: str,
+    *,
+    race: bool = False,
+    run_layer: RunLayer | None = None,
+) -> Losses:
+    """What each variant of a model loses on the windows.
+
+    Args:
+        race: let variants that are worse beyond doubt stop early.
+        run_layer: how the model itself runs a layer, if not as it stands: that of an earlier round of a greedy search.
+    """
+    layers = family.layers_of(model)
+
+    def as_it_stands(batch: Batch, index: int, hidden: Tensor) -> Tensor:
+        return batch.run(layers[index], index, hidden)
+
+    run_layer = run_layer or as_it_stands
+    racing = list(range(len(variants)))
+    found: list[list[Tensor]] = [[] for _ in range(len(variants) + 1)]
+    stream = layerwise.embed(
+        model, family, calibration, tokens_at_once(model, family, calibration, len(variants), race)
+    )
+    for batch, hidden in progress.track(stream, description):
+        ends = _ends(batch, hidden, [variants[index] for index in racing], len(layers), run_layer)
+        for index, end in zip([len(variants), *racing], ends, strict=True):
+            found[index].append(_token_losses(model, family, batch, end))
+        if race:
+            racing = _still_racing(racing, [torch.cat(found[index]) for index in racing])
+    *each, base = [torch.cat(losses) for losses in found]
+    means, tokens = tuple(map(_finite_mean, each)), tuple(map(len, each))
+    best = each[min((mean, index) for index, mean in enumerate(means) if tokens[index] == max(tokens))[1]]
+    behind = tuple(mean - _finite_mean(best[:count]) for mean, count in zip(means, tokens, strict=True))
+    return Losses(base.double().mean().item(), means, tokens, behind)
+
+
+def tokens_at_once(model: PreTrainedModel, family: Family, calibration: Calibration, variants: int, race: bool) -> int:
+    """As many as the streams of all variants fit in memory; of a race, one window."""
+    config = family.text_config(model.config)
+    for_each_token = (variants + 1) * config.hidden_size * model.dtype.itemsize
+    length = calibration.tokens.shape[1]
+    return length if race else max(length, min(layerwise.TOKENS_PER_BATCH, MEMORY // for_each_token))
+
+
+def _ends(
+    batch: Batch, hidden: Float[Tensor, "w t h"], variants: Sequence[Variant], layers: int, run_layer: RunLayer
+) -> Iterator[Float[Tensor, "w t h"]]:
+    """Hidden states behind the last layer: of the model itself, then of each variant."""
+    streams: dict[int, Tensor] = {}
+    for index in range(layers):
+        for number, variant in enumerate(variants):
+            if variant.resume <= index and number in streams:
+                streams[number] = run_layer(batch, index, streams[number])
+            elif variant.start == index:
+                streams[number] = variant.run(batch, hidden)
+        hidden = run_layer(batch, index, hidden)
+    yield hidden
+    yield from (streams.pop(number) for number in range(len(variants)))
+
+
+def _token_losses(
+    model: PreTrainedModel, family: Family, batch: Batch, hidden: Float[Tensor, "w t h"]
+) -> Float[Tensor, " tokens"]:
+    """The losses for hidden states behind the last layer; one window at a time, since logits are large."""
+    losses = [
+        token_losses(layerwise.logits(model, family, one, part)[0], one.tokens[0], one.mask[0])
+        for one, part in batch.split(hidden)
+    ]
+    return torch.cat(losses).cpu()
+
+
+def _still_racing(racing: Sequence[int], losses: Sequence[Float[Tensor, " tokens"]]) -> list[int]:
+    """Those that are not worse than the best beyond doubt."""
+    means = [_finite_mean(each) for each in losses]
+    best = losses[means.index(min(means))]
+    blocks = len(best) // BLOCK
+    if blocks < FEWEST_BLOCKS:
+        return list(racing)
+    left = []
+    for index, mean, each in zip(racing, means, losses, strict=True):
+        differences = (each - best)[: blocks * BLOCK].view(blocks, BLOCK).double().mean(1)
+        doubt = DOUBT * differences.std().item() / blocks**0.5
+        if mean < torch.inf and differences.mean().item() <= doubt:
+            left.append(index)
+    return left or list(racing)
+
+
+def _finite_mean(losses: Float[Tensor, " tokens"]) -> float:
+    return losses.double().mean().nan_to_num(nan=torch.inf, posinf=torch.inf).item()
+
+
+def check_finite(losses: Losses, what: str) -> Losses:
+    """The same losses.
+
+    Raises:
+        NumericalError: every variant's loss is infinite.
+    """
+    if all(mean == torch.inf for mean in losses.means):
+        raise NumericalError(
+            f"There is no {what} without which the model has a finite perplexity. Look for NaN or infinity in the weights, or compute "
+            f"in bfloat16 or float32 instead of float16."
+        )
+    return losses
+
+
+def perplexities(losses: Losses, what: str, names: Sequence[Any]) -> dict[str, Any]:
+    """What a picture of a search needs: the perplexity without each candidate, and on how many tokens it was measured."""
+    return {
+        "perplexity_dense": exp(losses.base),
+        f"perplexity_without_{what}": dict(zip(names, map(exp, losses.means), strict=True)),
+        "measured_on_tokens": dict(zip(names, losses.tokens, strict=True)),
+    }
+
+
+def exp(loss: float) -> float:
+    """Of a loss in nats for each token, the perplexity; infinite where that is too large for a number."""
+    return math.exp(loss) if loss < LARGEST_LOSS else math.inf
