@@ -1,7 +1,8 @@
 """How much to cut of which layer, for a budget of parameters.
 
-What it costs the model to narrow one layer is measured for a few sizes, everything else dense, and costs of several layers are taken to add up. They do so only
-roughly, since cuts interact; but they rank the layers as the model does, which the error of a layer's own output does not.
+What it costs the model to narrow one layer is measured for a few sizes, everything else dense, and costs of several layers are
+taken to add up. They do so only roughly, since cuts interact; but they rank the layers as the model does, which the error of a
+layer's own output does not.
 """
 
 from __future__ import annotations

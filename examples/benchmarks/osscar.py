@@ -72,18 +72,20 @@ def main() -> None:
 @torch.no_grad()
 def plain_forward(model: torch.nn.Module, windows: Calibration) -> None:
     for tokens in windows.tokens.split(max(1, layerwise.TOKENS_PER_BATCH // windows.tokens.shape[1])):
-        model.base_model(input_ids=tokens, use_cache=False)
+        model(input_ids=tokens, use_cache=False)
 
 
 def grams_of(model, family, windows):
-    """The gram of every layer of the dense model, and the seconds that went into `X'X` alone."""
+    """The gram of every layer of the dense model, and the seconds of a plain `X'X` in float32."""
     grams, spent = [], 0.0
     for visit in layerwise.walk(model, family, windows, Progress(), ""):
         rows: list[torch.Tensor] = []
         visit.observe_channels(rows.append)
         gram = Gram(rows[0].shape[1], rows[0].device)
         for part in rows:
-            spent += seconds(lambda gram=gram, part=part: gram.add(part))
+            gram.add(part)
+            part = part.float()
+            spent += seconds(lambda part=part: part.T @ part)
         grams.append(gram.value)
     return grams, spent
 

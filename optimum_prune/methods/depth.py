@@ -146,11 +146,13 @@ class Depth(PrunePass):
     ) -> Iterator[Decision]:
         shape = family.shape(model)
         gone, evidence = self._search(model, family, calibration, self._count(shape), progress)
+        influence = {} if self.drop else _influence(model, family, calibration)
         if self.heal:
             layers = family.layers_of(model)
             kept = {index: () if index in gone else family.blocks_of(layer) for index, layer in enumerate(layers)}
             yield from heal(model, family, calibration, kept, self.damping, progress)
-        yield Decision(Cuts(layers=_without(len(shape.layers), gone)), evidence={"dropped": sorted(gone), **evidence})
+        cuts = Cuts(layers=_without(len(shape.layers), gone))
+        yield Decision(cuts, evidence={"dropped": sorted(gone), **influence, **evidence})
 
     def _search(
         self, model: PreTrainedModel, family: Family, calibration: Calibration, count: int, progress: Progress
@@ -275,6 +277,13 @@ class Depth(PrunePass):
         losses = measure(model, family, held_out, [variants[start] for start in order], progress, what)
         check_finite(losses, "window of layers")
         return order[losses.ranked[0]], dict(zip(order, map(exp, losses.means), strict=True))
+
+
+def _influence(model: PreTrainedModel, family: Family, calibration: Calibration) -> dict[str, Any]:
+    """How far each layer turns hidden states, on a few windows: for the picture of the search."""
+    few = split(calibration)[1]
+    turned = importance.distances(model, family, few, span=1, angular=False, progress=Progress())
+    return {"influence_of_layer": dict(enumerate(turned))}
 
 
 def _bridged(visit: Visit, family: Family, model: PreTrainedModel, gap: range, damping: float) -> Mapping[str, Tensor]:

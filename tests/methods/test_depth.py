@@ -618,3 +618,14 @@ def test_a_single_window_serves_to_fit_and_to_measure(name, subject, plugins):
     one = Calibration.from_tokens(tiny.windows(1, length=40).tokens)
     conformance.pruned(Depth(layers=2), model, family, one, plugins)
     assert len(family.layers_of(model)) == tiny.LAYERS - 2
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_the_report_can_draw_the_search(name, subject, plugins):
+    model, family = subject
+    outcome = conformance.pruned(Depth(layers=2), model, family, tiny.windows(5), plugins)
+    drawn = outcome.evidence[-1]
+    assert list(drawn["influence_of_layer"]) == list(range(tiny.LAYERS))
+    assert all(0 < turned < 2 for turned in drawn["influence_of_layer"].values())
+    assert list(drawn["perplexity_without_window_from"]) == list(range(tiny.LAYERS - 1))
+    assert drawn["perplexity_dense"] > 1
