@@ -53,9 +53,13 @@ class Osscar(PrunePass):
     params: float | None = option(
         "Fraction of all the model's parameters to keep, instead of 'ratio'; the FFN width is solved for.", None
     )
-    head_ratio: float | None = option("Fraction of the key-value heads to remove, with their query heads.", None)
+    head_ratio: float | None = option(
+        "Fraction of the key-value heads to remove, with their query heads. If not given: 0, or if global, as many as are cheap.",
+        None,
+    )
     allocation: Literal["uniform", "global"] = option(
-        "The same number of channels in every layer, or as many in each as hurts the model least.", "uniform"
+        "As much from every layer, or from each what hurts the model least: heads may then go instead of channels.",
+        "uniform",
     )
     protect: tuple[int, ...] = option("Layers to leave as they are.", ())
     multiple_of: int | None = option(
@@ -73,7 +77,7 @@ class Osscar(PrunePass):
     one_shot: bool = option("Rank the channels once instead of eliminating them; faster for very wide layers.", False)
 
     def __post_init__(self) -> None:
-        if self.ratio is None and self.params is None and self.head_ratio is None:
+        if self.ratio is None and self.params is None and not self.head_ratio:
             raise RecipeError(
                 "osscar needs a target: 'ratio' or 'params' for the FFN channels, 'head_ratio' for heads."
             )
@@ -81,7 +85,7 @@ class Osscar(PrunePass):
             raise RecipeError("osscar has both 'ratio' and 'params', which ask for two widths. Give one of them.")
         for name, meaning in (("ratio", "remove"), ("head_ratio", "remove"), ("params", "keep")):
             value = getattr(self, name)
-            if value is not None and not 0 < value < 1:
+            if value is not None and not 0 < value < 1 and (name, value) != ("head_ratio", 0):
                 raise RecipeError(f"osscar has {name} {value}. Give the fraction to {meaning}, above 0 and below 1.")
         if self.allocation == "global" and self.ratio is None and self.params is None:
             raise RecipeError(
@@ -129,7 +133,7 @@ class Osscar(PrunePass):
         return replace(shape, layers=tuple(layers))
 
     def _with_fewer_heads(self, layer: LayerShape) -> LayerShape:
-        if self.head_ratio is None:
+        if not self.head_ratio:
             return layer
         if not layer.heads:
             raise RecipeError(
@@ -270,7 +274,7 @@ class Osscar(PrunePass):
     def _parts(self, layer: LayerShape, uniform: LayerShape) -> Iterator[_Part]:
         """What of a layer may be narrowed, and to which sizes it is to measure."""
         fewer = [count for count in layer.possible_heads if count < layer.heads]
-        if self.params is not None and self.head_ratio is None and fewer:
+        if self.head_ratio is None and fewer:
             yield _Part("heads", (fewer[-1],), None, layer.per_head)
         if layer.width:
             multiple = self._multiple(layer.width, experts=False)

@@ -63,7 +63,7 @@ def test_kept_widths_are_the_nearest_multiple_but_never_none_nor_all(width, mult
         ({"params": 1.0}, "params 1.0"),
         ({"params": 1.5}, "params 1.5"),
         ({"params": float("nan")}, "params nan"),
-        ({"head_ratio": 0.0}, "head_ratio 0.0"),
+        ({"head_ratio": 0.0}, "needs a target"),
         ({"head_ratio": 1.0}, "head_ratio 1.0"),
         ({"head_ratio": float("inf")}, "head_ratio inf"),
         ({"params": 0.5, "ratio": 0.5}, "both 'ratio' and 'params'"),
