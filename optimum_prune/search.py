@@ -1,8 +1,8 @@
 """The search over variants of a model that differ from it in some layers.
 
 For each batch of windows the model is walked once, layer by layer. A variant shares the model's hidden states up to the first
-layer in which it differs, and has a stream of its own from there on; so prefixes are computed once. As many windows are taken
-at a time as their streams fit a budget of memory.
+layer in which it differs, and has a stream of its own from there on; so prefixes are computed once. As many windows and variants
+are taken at a time as their streams fit a budget of memory.
 
 In a race, variants that are worse beyond doubt stop early. Losses are compared token by token with those of the best so far,
 which takes most of the noise away, and averaged over blocks of neighbouring tokens, whose losses are not independent: a
@@ -106,13 +106,15 @@ def measure(
     run_layer = run_layer or as_it_stands
     racing = list(range(len(variants)))
     found: list[list[Tensor]] = [[] for _ in range(len(variants) + 1)]
-    stream = layerwise.embed(
-        model, family, calibration, tokens_at_once(model, family, calibration, len(variants), race)
-    )
+    windows, together = _at_once(model, family, calibration, len(variants), race)
+    stream = layerwise.embed(model, family, calibration, windows * calibration.tokens.shape[1])
     for batch, hidden in progress.track(stream, description):
-        ends = _ends(batch, hidden, [variants[index] for index in racing], len(layers), run_layer)
-        for index, end in zip([len(variants), *racing], ends, strict=True):
-            found[index].append(_token_losses(model, family, batch, end))
+        for first in range(0, len(racing), together):
+            group = racing[first : first + together]
+            ends = _ends(batch, hidden, [variants[index] for index in group], len(layers), run_layer)
+            for index, end in zip([len(variants), *group], ends, strict=True):
+                if index < len(variants) or first == 0:  # the model itself once
+                    found[index].append(_token_losses(model, family, batch, end))
         if race:
             racing = _still_racing(racing, [torch.cat(found[index]) for index in racing])
     *each, base = [torch.cat(losses) for losses in found]
@@ -122,12 +124,15 @@ def measure(
     return Losses(base.double().mean().item(), means, tokens, behind)
 
 
-def tokens_at_once(model: PreTrainedModel, family: Family, calibration: Calibration, variants: int, race: bool) -> int:
-    """As many as the streams of all variants fit in memory; of a race, one window."""
-    config = family.text_config(model.config)
-    for_each_token = (variants + 1) * config.hidden_size * model.dtype.itemsize
+def _at_once(
+    model: PreTrainedModel, family: Family, calibration: Calibration, variants: int, race: bool
+) -> tuple[int, int]:
+    """How many windows, and how many variants on them, have streams that fit in memory together; of a race, one window."""
     length = calibration.tokens.shape[1]
-    return length if race else max(length, min(layerwise.TOKENS_PER_BATCH, MEMORY // for_each_token))
+    of_window = length * family.text_config(model.config).hidden_size * model.dtype.itemsize
+    together = max(1, min(variants, MEMORY // of_window - 1))
+    windows = min(layerwise.TOKENS_PER_BATCH // length, MEMORY // (of_window * (together + 1)))
+    return 1 if race else max(1, windows), together
 
 
 def _ends(
