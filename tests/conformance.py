@@ -173,3 +173,12 @@ def layers_are_numbered(model: PreTrainedModel, family: Family) -> None:
     for position, layer in enumerate(family.layers_of(model)):
         numbers = {module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")}
         assert numbers == {position}
+
+
+def inputs_of(model: PreTrainedModel, module: nn.Module, windows: Calibration) -> Tensor:
+    """What reaches a module in the model's own forward, float64, padding left out."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    logits(model, windows)
+    handle.remove()
+    return torch.cat(seen)[windows.mask.flatten()].double()

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 
+from optimum_prune.anatomy import find_family
 from optimum_prune.plugins import Plugins, load
 
 torch.set_num_threads(1)
@@ -22,6 +23,13 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def plugins() -> Plugins:
     return load()
+
+
+@pytest.fixture
+def subject(name: str, plugins: Plugins):
+    """A tiny model of the family that a test's parameter names, and the family."""
+    model = tiny.model(name)
+    return model, find_family(model.config, plugins.families)
 
 
 @pytest.fixture(scope="session")

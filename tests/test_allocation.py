@@ -11,13 +11,6 @@ from optimum_prune import Cuts, Decision, LayerShape, Osscar, Progress, allocati
 from optimum_prune.allocation import Divergence, Measured, allocate, split
 from optimum_prune.anatomy import find_family, parameters
 
-
-@pytest.fixture
-def subject(name, plugins):
-    model = tiny.model(name)
-    return model, find_family(model.config, plugins.families)
-
-
 # The price of each step
 
 

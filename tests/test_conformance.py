@@ -11,7 +11,6 @@ import torch
 from torch.testing import assert_close
 
 from optimum_prune import Cuts, Depth, Osscar
-from optimum_prune.anatomy import find_family
 
 PASSES = {
     "depth-2": Depth(layers=2),
@@ -23,12 +22,6 @@ PASSES = {
 }
 every_family = pytest.mark.parametrize("name", tiny.FAMILIES)
 every_pass = pytest.mark.parametrize("step", PASSES.values(), ids=PASSES)
-
-
-@pytest.fixture
-def subject(name, plugins):
-    model = tiny.model(name)
-    return model, find_family(model.config, plugins.families)
 
 
 @every_family

@@ -14,12 +14,6 @@ from optimum_prune.anatomy import find_family
 SOME = ("llama", "llama-tied", "gemma2", "gemma3-vision", "gpt2", "gpt_neox", "opt", "qwen3", "deepseek_v2")
 
 
-@pytest.fixture
-def subject(name, plugins):
-    model = tiny.model(name)
-    return model, find_family(model.config, plugins.families)
-
-
 def counted(layer) -> dict[str, Tensor]:
     """Matrices and norms; biases left out."""
     return {name: weight for name, weight in layer.named_parameters() if not name.endswith("bias")}

@@ -10,17 +10,10 @@ import torch
 from torch.testing import assert_close
 
 from optimum_prune import Cuts, Decision, Progress, layerwise, surgery
-from optimum_prune.anatomy import find_family
 from optimum_prune.errors import FamilyError, NumericalError
 
 every_family = pytest.mark.parametrize("name", tiny.FAMILIES)
 whole_and_padded = pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-
-
-@pytest.fixture
-def subject(name, plugins):
-    model = tiny.model(name)
-    return model, find_family(model.config, plugins.families)
 
 
 def visits(model, family, windows):

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from optimum_prune import Calibration, Progress, layerwise
-from optimum_prune.anatomy import find_family
 from optimum_prune.errors import NumericalError
 from optimum_prune.layerwise import Visit
 from optimum_prune.reconstruction import Aim, moved, observed_channels, refitted
@@ -21,12 +20,6 @@ NORMED = ("gemma2", "gemma3", "glm4", "opt-post-norm")
 WINDOWS = tiny.windows(12)
 TINY = 1e-7
 """Damping that does not show."""
-
-
-@pytest.fixture
-def subject(name, plugins):
-    model = tiny.model(name)
-    return model, find_family(model.config, plugins.families)
 
 
 def visited(model, family, windows: Calibration, index: int = 2) -> Visit:

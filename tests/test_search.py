@@ -59,12 +59,6 @@ def sampled(model, count: int = 40, length: int = 24, seed: int = 0) -> Calibrat
     return Calibration.from_tokens(tokens)
 
 
-@pytest.fixture
-def subject(name, plugins):
-    model = tiny.model(name)
-    return model, find_family(model.config, plugins.families)
-
-
 WINDOWS = [range(start, start + size) for size in (1, 2, 3, 4) for start in range(tiny.LAYERS - size + 1)]
 
 

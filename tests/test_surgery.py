@@ -166,12 +166,6 @@ def test_a_config_list_of_the_wrong_length_is_refused():
         surgery.keep_layers(model, family, (0, 1))
 
 
-@pytest.fixture
-def subject(name, plugins):
-    model = tiny.model(name)
-    return model, find_family(model.config, plugins.families)
-
-
 @every_family
 def test_a_shape_is_the_same_with_and_without_storage_and_counts_every_parameter_once(name, subject):
     model, family = subject

@@ -18,12 +18,6 @@ from optimum_prune.methods.block_pruner import BlockPruner, search_blocks
 every_family = pytest.mark.parametrize("name", tiny.FAMILIES)
 
 
-@pytest.fixture
-def subject(name, plugins):
-    model = tiny.model(name)
-    return model, find_family(model.config, plugins.families)
-
-
 def with_blocks_silenced(model, family, gone, windows):
     """Logits of the whole model, where what these blocks put out is zero."""
     hooks = []

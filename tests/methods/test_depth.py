@@ -65,12 +65,6 @@ def taller(layers: int = 9, seed: int = 0):
 
 
 @pytest.fixture
-def subject(name, plugins):
-    model = tiny.model(name)
-    return model, find_family(model.config, plugins.families)
-
-
-@pytest.fixture
 def tall(plugins):
     model = taller()
     return model, find_family(model.config, plugins.families)
@@ -431,7 +425,7 @@ def with_ffn_bridged(dense, family, windows, gone: range):
     model = copy.deepcopy(dense)
     if front >= 0 and family.experts_of(family.layers_of(model)[front]) is None:
         linear = family.linear(family.layers_of(model)[front], family.feed_forward.output)
-        rows = inputs_of(model, linear.module, windows)
+        rows = conformance.inputs_of(model, linear.module, windows)
         lack = behind(model, family, windows, gone[-1]).double() - behind(model, family, windows, front).double()
         means = (rows.mean(0), lack.mean(0)) if linear.bias is not None else (0 * rows[0], 0 * lack[0])
         rows, lack = rows - means[0], lack - means[1]
@@ -443,15 +437,6 @@ def with_ffn_bridged(dense, family, windows, gone: range):
             if linear.bias is not None:
                 linear.module.bias.add_(means[1] - move @ means[0])
     return without(model, family, gone)
-
-
-def inputs_of(model, module, windows) -> Tensor:
-    """What reaches a module, float64, padding left out."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
-    conformance.logits(model, windows)
-    handle.remove()
-    return torch.cat(seen)[windows.mask.flatten()].double()
 
 
 CALIBRATION = tiny.windows(20)

@@ -18,13 +18,6 @@ from optimum_prune.elimination import damped, eliminate, eliminate_groups
 from optimum_prune.errors import NumericalError, OptimumPruneError, RecipeError
 from optimum_prune.recipe import Recipe
 
-
-@pytest.fixture
-def subject(name, plugins):
-    model = tiny.model(name)
-    return model, find_family(model.config, plugins.families)
-
-
 # Options, and the shape they lead to
 
 
@@ -273,7 +266,7 @@ def test_heads_are_decided_over_what_they_put_out_in_the_pruned_stream(name, sub
     path = family.attention_output
     for index, decision in enumerate(Osscar(head_ratio=0.5, damping=0.01).decide(model, family, windows, Progress())):
         linear = family.linear(family.layers_of(model)[index], path)
-        rows = inputs_of(model, linear.module, windows)
+        rows = conformance.inputs_of(model, linear.module, windows)
         rows = rows if linear.bias is None else rows - rows.mean(0)
         counts = family.head_counts(family.layers_of(model)[index])
         expected = eliminate_groups(damped(rows.T @ rows, 0.01), linear.weight, 1, counts.queries * counts.size)
@@ -282,15 +275,6 @@ def test_heads_are_decided_over_what_they_put_out_in_the_pruned_stream(name, sub
         assert_close(weight, expected.weight, rtol=1e-3, atol=1e-4)
         surgery.carry_out(model, family, decision)
     assert index == tiny.LAYERS - 1
-
-
-def inputs_of(model, module, windows) -> Tensor:
-    """What reaches a module in the model's own forward, float64, padding left out."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
-    conformance.logits(model, windows)
-    handle.remove()
-    return torch.cat(seen)[windows.mask.flatten()].double()
 
 
 # Mixtures of experts
