@@ -5,22 +5,15 @@
 Everything is measured in one run, on the same windows and in the same dtype; look at the ratios, not at the seconds.
 """
 
-import argparse
 import copy
-import subprocess
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from common import arguments, opened, quark
 
-from optimum_prune import Calibration, Osscar, Progress, Text, layerwise, surgery
-from optimum_prune.anatomy import find_family
-from optimum_prune.calibration import draw
+from optimum_prune import Calibration, Osscar, Progress, layerwise, surgery
 from optimum_prune.elimination import damped, eliminate
-from optimum_prune.plugins import load
 from optimum_prune.statistics import Gram
 
 
@@ -31,22 +24,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("text")
-    parser.add_argument("--quark", help="an interpreter with amd-quark")
-    parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--dtype", default="bfloat16")
-    options = parser.parse_args()
-
-    plugins = load()
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
-    family = find_family(model.config, plugins.families)
-    text = Text(text=options.text, samples=options.samples, length=options.length)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    windows, _ = draw(text, Text(samples=0), tokenizer, plugins.sources, seed=0, limit=10**9)
+    options = arguments(__doc__, samples=16, width=1280)
+    model, family, windows = opened(options)
     dense_width = family.shape(model).layers[0].width
     step = Osscar(ratio=1 - options.width / dense_width, multiple_of=1)
 
@@ -61,12 +40,13 @@ def main() -> None:
         eliminating += seconds(lambda m=matrix, w=weight: eliminate(m, w, options.width))
         cholesky += seconds(lambda m=matrix: torch.cholesky_inverse(torch.linalg.cholesky(m)))
 
-    print(f"{options.samples} windows of {options.length} tokens, {options.dtype}, {torch.get_num_threads()} threads")
     print(f"plain forward {forward:.1f} s, X'X of every layer {gram_seconds:.1f} s, the whole pass {whole:.1f} s")
     print(f"whole pass / (forward + X'X): {whole / (forward + gram_seconds):.2f}")
     print(f"elimination {eliminating:.1f} s; / (Cholesky + inverse of every layer): {eliminating / cholesky:.2f}")
     if options.quark:
-        against_quark(options, windows, whole, eliminating)
+        theirs, their_eliminating = quark("quark_osscar.py", options, windows.tokens, options.width)
+        print(f"Quark: the whole pass {theirs:.1f} s, of which elimination {their_eliminating:.1f} s")
+        print(f"Quark / ours: the whole pass {theirs / whole:.1f}, elimination {their_eliminating / eliminating:.1f}")
 
 
 @torch.no_grad()
@@ -93,18 +73,6 @@ def grams_of(model, family, windows):
 def prune(model, family, windows, step) -> None:
     for decision in step.decide(model, family, windows, Progress()):
         surgery.carry_out(model, family, decision)
-
-
-def against_quark(options, windows, whole, eliminating) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        tokens = Path(folder) / "tokens.pt"
-        torch.save(windows.tokens, tokens)
-        script = Path(__file__).with_name("quark_osscar.py")
-        command = [options.quark, script, options.model, tokens, str(options.width), options.dtype]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    quark_whole, quark_eliminating = map(float, output.split()[-2:])
-    print(f"Quark: the whole pass {quark_whole:.1f} s, of which elimination {quark_eliminating:.1f} s")
-    print(f"Quark / ours: the whole pass {quark_whole / whole:.1f}, elimination {quark_eliminating / eliminating:.1f}")
 
 
 if __name__ == "__main__":
