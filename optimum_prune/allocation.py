@@ -7,7 +7,6 @@ layer's own output does not.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -53,9 +52,10 @@ class Divergence:
     def __init__(self, model: PreTrainedModel, family: Family, windows: Calibration) -> None:
         self._model = model
         self._family = family
+        self._layers = range(len(family.layers_of(model)))
         self._tokens = int(windows.mask[:, ::STRIDE].sum())
         self._ends = [
-            layerwise.run_layers(model, family, batch, hidden, 0)
+            layerwise.run_layers(model, family, batch, hidden, self._layers)
             for batch, hidden in layerwise.embed(model, family, windows)
         ]
 
@@ -63,7 +63,7 @@ class Divergence:
     def of(self, visit: Visit, decisions: Sequence[Decision]) -> list[float]:
         """What each decision about the visited layer would cost; nothing is changed."""
         totals = [0.0] * len(decisions)
-        layers = [self._changed(visit, decision) for decision in decisions]
+        layers = [surgery.changed_layer(self._model, self._family, decision, visit.index) for decision in decisions]
         for (batch, hidden), end in zip(visit.stream, self._ends, strict=True):
             ends = [self._run(batch, layer, visit.index, hidden) for layer in layers]
             for pieces in zip(*(self._logits(batch, each) for each in (end, *ends)), strict=True):
@@ -78,18 +78,9 @@ class Divergence:
         ):
             yield layerwise.logits(self._model, self._family, one, part)[one.mask]
 
-    def _changed(self, visit: Visit, decision: Decision) -> torch.nn.Module:
-        """A copy of the layer on which the decision is carried out."""
-        config = self._family.text_config(self._model.config)
-        layer = copy.deepcopy(visit.layer, {id(config): config})
-        surgery.cut_layer(layer, self._family, decision.cuts, visit.index, config)
-        prefix = f"{self._family.layers}.{visit.index}."
-        surgery.assign(layer, {name.removeprefix(prefix): value for name, value in decision.weights.items()})
-        return layer
-
     def _run(self, batch: layerwise.Batch, layer: torch.nn.Module, index: int, hidden: torch.Tensor) -> torch.Tensor:
         behind = batch.run(layer, index, hidden)
-        return layerwise.run_layers(self._model, self._family, batch, behind, index + 1)
+        return layerwise.run_layers(self._model, self._family, batch, behind, self._layers[index + 1 :])
 
 
 @dataclass(frozen=True)

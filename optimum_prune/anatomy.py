@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import TYPE_CHECKING, NamedTuple, cast
 
+import torch
 from torch import Tensor, nn
 
 from optimum_prune.cuts import BLOCKS
@@ -319,6 +320,11 @@ class Family:
                 f"{type(found).__name__}. Add a family with the right paths in a plugin, under its own model_type."
             )
         return found
+
+
+def features_of(groups: Sequence[int], size: int) -> Tensor:
+    """Indices of the features of some groups, such as heads, that lie side by side, `size` of each."""
+    return (torch.tensor(groups)[:, None] * size + torch.arange(size)).flatten()
 
 
 def find_family(config: PreTrainedConfig, families: Iterable[Family]) -> Family:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from optimum_prune.progress import Progress
 
 TOKENS_PER_BATCH = 2048
+LARGEST_LOSS = 700.0
 LOGITS_PER_CHUNK = 2**22
 """Few enough that the allocator reuses their memory instead of fetching it from the system anew: three times as fast."""
 
@@ -91,6 +92,11 @@ class Reference:
         return self._negative_entropy - sum(crossed)
 
 
+def perplexity_of(loss: float) -> float:
+    """The perplexity of a loss in nats for each token; infinite where that is too large for a number."""
+    return math.exp(loss) if loss < LARGEST_LOSS else math.inf
+
+
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, windows: Calibration, progress: Progress) -> Perplexity:
     """The perplexity of a model on windows.
@@ -115,7 +121,7 @@ def perplexity(model: PreTrainedModel, windows: Calibration, progress: Progress)
             f"weights, or compute in bfloat16 or float32 instead of float16."
         )
     return Perplexity(
-        value=math.exp(mean) if mean < 700 else math.inf,
+        value=perplexity_of(mean),
         text=windows.source,
         windows=len(windows.tokens),
         length=windows.tokens.shape[1],

@@ -59,22 +59,24 @@ def heal(
         blocks = kept[visit.index]
         if not blocks:
             visit.skip()
-            if broken := _broken(model, family, reference, range(visit.index, visit.index + 1)):
-                yield broken
+            reference.leave()
+            if reason := _not_finite(reference, f"Decoder layer {visit.index}"):
+                yield Decision(evidence={"not_healed": reason})
                 return
             continue
         missing = [block for block in family.blocks_of(visit.layer) if block not in blocks]
         gap = _gap_behind(visit.index, kept)
         visit.leave_out(missing)
-        attended = reference.attended()
+        attended = reference.attended() if gap or missing or strength else []
         reference.leave()
         behind = [hidden for _, hidden in reference.stream]
         layerwise.check_finite(behind, f"Decoder layer {visit.index}")
-        if broken := _broken(model, family, reference, gap):
-            yield broken
-            return
         if gap or missing:
-            goal = [through(model, family, batch, hidden, gap) for batch, hidden in reference.stream]
+            try:
+                goal = [through(model, family, batch, hidden, gap) for batch, hidden in reference.stream]
+            except NumericalError as error:
+                yield Decision(evidence={"not_healed": str(error)})
+                return
             yield from _bridge(visit, family, blocks, attended, behind, goal, damping)
             strength = CORRECTION
         elif strength:
@@ -82,14 +84,13 @@ def heal(
             strength *= FADING
 
 
-def _broken(model: PreTrainedModel, family: Family, reference: Visit, gap: range) -> Decision | None:
-    """Why nothing can be healed from here on: a layer that goes puts out values that are not finite."""
+def _not_finite(reference: Visit, what: str) -> str:
+    """What is wrong with the dense model's hidden states, if they are not finite."""
     try:
-        for batch, hidden in reference.stream:
-            through(model, family, batch, hidden, gap)
+        layerwise.check_finite((hidden for _, hidden in reference.stream), what)
     except NumericalError as error:
-        return Decision(evidence={"not_healed": str(error)})
-    return None
+        return str(error)
+    return ""
 
 
 def _bridge(
@@ -147,7 +148,7 @@ def through(
         NumericalError: a layer puts out a value that is not finite.
     """
     for index in layers:
-        hidden = batch.run(family.layers_of(model)[index], index, hidden)
+        hidden = layerwise.run_layers(model, family, batch, hidden, [index])
         layerwise.check_finite([hidden], f"Decoder layer {index}")
     return hidden
 

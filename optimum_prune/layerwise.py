@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from optimum_prune.anatomy import features_of
 from optimum_prune.errors import FamilyError, NumericalError
 
 if TYPE_CHECKING:
@@ -135,11 +136,12 @@ def logits(
 
 @torch.no_grad()
 def run_layers(
-    model: PreTrainedModel, family: Family, batch: Batch, hidden: Float[Tensor, "w t h"], start: int
+    model: PreTrainedModel, family: Family, batch: Batch, hidden: Float[Tensor, "w t h"], indices: Iterable[int]
 ) -> Float[Tensor, "w t h"]:
-    """Hidden states behind the last layer, from those before layer `start`."""
-    for index, layer in enumerate(family.layers_of(model)[start:], start):
-        hidden = batch.run(layer, index, hidden)
+    """Hidden states behind some of the layers, one after the other, from those before the first."""
+    layers = family.layers_of(model)
+    for index in indices:
+        hidden = batch.run(layers[index], index, hidden)
     return hidden
 
 
@@ -156,18 +158,12 @@ def run_without(
 
 def _silence(stack: ExitStack, family: Family, layer: nn.Module, block: str) -> None:
     """Lets a block of a layer put out zeros, for the time of a `with`."""
+    from optimum_prune.modeling_pruned import Nothing
+
     *before, last = (family.module(layer, path) for path in family.block_modules(block))
     for module in before:
         stack.enter_context(_answering(module, lambda given: given))
-    stack.enter_context(_answering(last, _no_attention if block == "attention" else _nothing))
-
-
-def _no_attention(*args: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-    return torch.zeros_like(args[0] if args else kwargs["hidden_states"]), None
-
-
-def _nothing(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-    return torch.zeros_like(hidden)
+    stack.enter_context(_answering(last, Nothing(block).forward))
 
 
 class _Reached(Exception):
@@ -243,8 +239,7 @@ class Visit:
     def narrow_heads(self, kept: Sequence[int]) -> None:
         """Keeps only these of the observed heads, as the cut of this layer will: before it is made."""
         counts = self._family.head_counts(self.layer)
-        size = counts.queries * counts.size
-        index = (torch.tensor(kept)[:, None] * size + torch.arange(size)).flatten()
+        index = features_of(kept, counts.queries * counts.size)
         self._heads = [heads[..., index.to(heads.device)] for heads in self._heads]
 
     def narrow(self, kept: Sequence[int]) -> None:
@@ -285,7 +280,12 @@ class Visit:
         output = self._family.module(self.layer, path)
         project, plain = output.forward, run(0)
         check_finite([plain], f"Decoder layer {self.index}")
-        with _answering(output, lambda inputs: project(inputs) + plain.view_as(project(inputs))):
+
+        def add_plain(inputs: Tensor) -> Tensor:
+            projected: Tensor = project(inputs)
+            return projected + plain.view_as(projected)
+
+        with _answering(output, add_plain):
             doubled = run(0)
         return bool((doubled.float() - 2 * plain.float()).abs().max() <= 0.1 * plain.float().abs().max())
 

@@ -60,11 +60,22 @@ class Aim:
         return weights if self.bias is None else {**weights, f"{name}.bias": self.bias}
 
 
+def gram_for(linear: Linear) -> Gram:
+    """A gram for the inputs of a projection."""
+    return Gram(linear.weight.shape[1], linear.weight.device)
+
+
 def observed_channels(visit: Visit, family: Family) -> Gram:
     """The gram of the FFN channels of the visited layer."""
-    linear = family.linear(visit.layer, family.feed_forward.output)
-    gram = Gram(linear.weight.shape[1], linear.weight.device)
+    gram = gram_for(family.linear(visit.layer, family.feed_forward.output))
     visit.observe_channels(gram.add)
+    return gram
+
+
+def observed_heads(visit: Visit, family: Family) -> Gram:
+    """The gram of what the attention heads of the visited layer put out."""
+    gram = gram_for(family.linear(visit.layer, family.attention_output))
+    visit.observe_heads(gram.add)
     return gram
 
 
@@ -75,25 +86,36 @@ def moved(
     goal: Iterable[Float[Tensor, "w t h"]],
     damping: float,
     strength: float,
-    path: str | None = None,
 ) -> Aim:
-    """What an output projection is to compute to bring the hidden states behind the layer nearer to a goal.
+    """What the FFN's output projection is to compute to bring the hidden states behind the layer nearer to a goal.
 
     Where a norm follows the projection, it stays as it is.
 
     Args:
         gram: of the projection's inputs, which the visit observed last.
-        goal: hidden states as they should be, batch by batch: behind the layer, or for attention's projection behind attention.
+        goal: hidden states behind the layer as they should be, batch by batch.
         strength: 0 not at all, 1 as near as the least squares can.
-        path: of the projection in the layer; the FFN's if not given.
 
     Raises:
         NumericalError: activations that are not finite.
     """
-    path = path or family.feed_forward.output
-    aim = Aim.of(family.linear(visit.layer, path))
+    path = family.feed_forward.output
+    return _moved(visit, family, gram, goal, damping, strength, path) or Aim.of(family.linear(visit.layer, path))
+
+
+def _moved(
+    visit: Visit,
+    family: Family,
+    gram: Gram,
+    goal: Iterable[Float[Tensor, "w t h"]],
+    damping: float,
+    strength: float,
+    path: str,
+) -> Aim | None:
+    """The same for the projection at a path, of attention towards a goal behind attention; None where a norm follows it."""
     if not visit.adds_output(path):
-        return aim
+        return None
+    aim = Aim.of(family.linear(visit.layer, path))
     lack = Cross(gram.features, aim.weight.shape[0], aim.weight.device)
     for (rows, hidden), (batch, _), wanted in zip(visit.outputs(), visit.stream, goal, strict=True):
         counted = batch.mask.flatten().to(hidden.device)
@@ -120,14 +142,11 @@ def refitted(
         An empty mapping where a norm follows the projection.
     """
     path = path or family.feed_forward.output
-    linear = family.linear(visit.layer, path)
-    gram = Gram(linear.weight.shape[1], linear.weight.device)
-    observe = visit.observe_channels if path == family.feed_forward.output else visit.observe_heads
-    observe(gram.add)
-    if not visit.adds_output(path):
+    observed = observed_channels if path == family.feed_forward.output else observed_heads
+    aim = _moved(visit, family, observed(visit, family), goal, damping, strength, path)
+    if aim is None:
         return {}
-    aim = moved(visit, family, gram, goal, damping, strength, path)
-    return aim.whole(f"{family.layers}.{visit.index}.{path}", linear)
+    return aim.whole(f"{family.layers}.{visit.index}.{path}", family.linear(visit.layer, path))
 
 
 @contextmanager

@@ -11,7 +11,6 @@ variant is out when its mean difference exceeds `DOUBT` standard errors of that 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ import torch
 
 from optimum_prune import layerwise
 from optimum_prune.errors import NumericalError
-from optimum_prune.evaluation import token_losses
+from optimum_prune.evaluation import perplexity_of, token_losses
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -40,8 +39,6 @@ FEWEST_BLOCKS = 12
 """Nothing is out before so many were observed."""
 DOUBT = 4.0
 """Standard errors by which a variant must be worse to be out."""
-
-LARGEST_LOSS = 700.0
 
 RunLayer = Callable[["Batch", int, "Tensor"], "Tensor"]
 """Hidden states behind a layer, by its index, from those before."""
@@ -69,7 +66,6 @@ class Losses:
     """Of each variant, over the tokens it was measured on; infinite where a loss is not finite."""
     tokens: tuple[int, ...]
     """On how many tokens each was measured: all, or fewer if it was out of a race before."""
-
     behind: tuple[float, ...]
     """By how much the loss of each is above that of the best, over the tokens it was measured on."""
 
@@ -199,12 +195,7 @@ def check_finite(losses: Losses, what: str) -> Losses:
 def perplexities(losses: Losses, what: str, names: Sequence[Any]) -> dict[str, Any]:
     """What a picture of a search needs: the perplexity without each candidate, and on how many tokens it was measured."""
     return {
-        "perplexity_dense": exp(losses.base),
-        f"perplexity_without_{what}": dict(zip(names, map(exp, losses.means), strict=True)),
+        "perplexity_dense": perplexity_of(losses.base),
+        f"perplexity_without_{what}": dict(zip(names, map(perplexity_of, losses.means), strict=True)),
         "measured_on_tokens": dict(zip(names, losses.tokens, strict=True)),
     }
-
-
-def exp(loss: float) -> float:
-    """Of a loss in nats for each token, the perplexity; infinite where that is too large for a number."""
-    return math.exp(loss) if loss < LARGEST_LOSS else math.inf

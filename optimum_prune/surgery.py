@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any, cast
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from optimum_prune.anatomy import Family, FeedForward, Linear
+from optimum_prune.anatomy import Family, FeedForward, Linear, features_of
 from optimum_prune.cuts import BLOCKS, PARTS, Cuts, Decision
 from optimum_prune.errors import SurgeryError, reason
 
@@ -54,6 +55,16 @@ def cut_layer(layer: nn.Module, family: Family, cuts: Cuts, index: int, config: 
         if family.experts is None or family.experts.shared is None:
             raise SurgeryError(f"Family '{family.name}' has no shared experts to cut.")
         keep_channels(layer, family, cuts.shared[index], family.experts.shared)
+
+
+def changed_layer(model: PreTrainedModel, family: Family, decision: Decision, index: int) -> nn.Module:
+    """A copy of a decoder layer on which what a decision says of it is carried out; the model stays."""
+    config = family.text_config(model.config)
+    layer = copy.deepcopy(family.layers_of(model)[index], {id(config): config})
+    cut_layer(layer, family, decision.cuts, index, config)
+    prefix = f"{family.layers}.{index}."
+    assign(layer, {name.removeprefix(prefix): value for name, value in decision.weights.items()})
+    return layer
 
 
 def keep_blocks(layer: nn.Module, family: Family, kept: Sequence[str]) -> None:
@@ -122,7 +133,7 @@ def keep_heads(layer: nn.Module, family: Family, kept: Sequence[int]) -> None:
     output = family.linear(layer, family.attention_output)
     heads, queries, size = family.head_counts(layer)
     _check(kept, heads, "key-value heads")
-    rows = {role: _rows(kept, size * (queries if role == "query" else 1)) for role in ("query", "key", "value")}
+    rows = {role: features_of(kept, size * (queries if role == "query" else 1)) for role in ("query", "key", "value")}
     lengths = {role: size * heads * (queries if role == "query" else 1) for role in rows}
     for path, roles in family.heads.inputs.items():
         starts = [sum(lengths[before] for before in roles[:position]) for position in range(len(roles))]
@@ -130,15 +141,10 @@ def keep_heads(layer: nn.Module, family: Family, kept: Sequence[int]) -> None:
         _keep_rows(family.linear(layer, path), stacked)
     for path, role in family.heads.norms.items():
         if (weight := family.head_norm(layer, path)) is not None:
-            index = _rows(kept, queries if role == "query" else 1).to(weight.device)
+            index = features_of(kept, queries if role == "query" else 1).to(weight.device)
             cut = nn.Parameter(weight.detach().index_select(0, index), requires_grad=weight.requires_grad)
             setattr(layer.get_submodule(path), "weight", cut)  # noqa: B010 - a parameter of a module
     _keep_columns(output, rows["query"])
-
-
-def _rows(kept: Sequence[int], size: int) -> Tensor:
-    """Rows of the kept heads, `size` of each."""
-    return (torch.tensor(kept)[:, None] * size + torch.arange(size)).flatten()
 
 
 def _keep_rows(linear: Linear, rows: Tensor) -> None:

@@ -6,13 +6,12 @@ Which layers go is decided by perplexity on the calibration windows, or by a sco
 - `greedy`: one layer at a time, everything that is left measured anew each time.
 - `ranked`: the n layers that cost least one by one (Shortened LLaMA, Kim et al., arXiv 2402.02834).
 
-Healing is least squares: the FFN in front of the gap learns to put out the hidden states behind it. No parameter is added. Of
-the windows that perplexity likes best, the one that is best when healed goes.
+Healing is least squares: what lies in front of the gap learns to put out the hidden states behind it (`healing.py`). No
+parameter is added. Of the windows that perplexity likes best, the one that is best with its FFN in front healed goes.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,13 +23,14 @@ from optimum_prune import importance, layerwise, surgery
 from optimum_prune.allocation import split
 from optimum_prune.cuts import Cuts, Decision
 from optimum_prune.errors import NumericalError, RecipeError
+from optimum_prune.evaluation import perplexity_of
 from optimum_prune.healing import heal, projection, through
 from optimum_prune.hookspecs import hookimpl
 from optimum_prune.options import option
 from optimum_prune.passes import Pass, PrunePass
 from optimum_prune.progress import Progress
 from optimum_prune.reconstruction import refitted
-from optimum_prune.search import Losses, Variant, check_finite, exp, measure, perplexities
+from optimum_prune.search import Losses, Variant, check_finite, measure, perplexities
 from optimum_prune.shape import Shape
 
 if TYPE_CHECKING:
@@ -260,23 +260,20 @@ class Depth(PrunePass):
     ) -> tuple[int, dict[int, float]]:
         """The start of the window that is best when healed; each is healed on some windows of text and measured on others."""
         fitted, held_out = split(calibration)
-        config = family.text_config(model.config)
         variants = {start: Variant(start, start + span, _hand_on) for start in starts}
         with suppress(NumericalError):  # behind a broken layer nothing can be healed, but it can be left out
             for visit in layerwise.walk(model, family, fitted, progress, "Healing the best windows"):
                 start = visit.index + 1
                 if start not in variants:
                     continue
-                layer = copy.deepcopy(visit.layer, {id(config): config})
-                prefix = f"{family.layers}.{visit.index}."
                 weights = _bridged(visit, family, model, range(start, start + span), self.damping)
-                surgery.assign(layer, {name.removeprefix(prefix): value for name, value in weights.items()})
+                layer = surgery.changed_layer(model, family, Decision(weights=weights), visit.index)
                 variants[start] = Variant(visit.index, start + span, _as_layer(layer, visit.index))
         order = sorted(variants)
         what = "Measuring the healed windows"
         losses = measure(model, family, held_out, [variants[start] for start in order], progress, what)
         check_finite(losses, "window of layers")
-        return order[losses.ranked[0]], dict(zip(order, map(exp, losses.means), strict=True))
+        return order[losses.ranked[0]], dict(zip(order, map(perplexity_of, losses.means), strict=True))
 
 
 def _influence(model: PreTrainedModel, family: Family, calibration: Calibration) -> dict[str, Any]:

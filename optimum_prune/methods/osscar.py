@@ -20,7 +20,7 @@ import torch
 
 from optimum_prune import layerwise
 from optimum_prune.allocation import Divergence, Measured, allocate, split
-from optimum_prune.anatomy import Family, Linear
+from optimum_prune.anatomy import Family, features_of
 from optimum_prune.cuts import Cuts, Decision
 from optimum_prune.elimination import Elimination, eliminate, eliminate_groups
 from optimum_prune.errors import RecipeError
@@ -29,7 +29,7 @@ from optimum_prune.layerwise import Visit
 from optimum_prune.options import option
 from optimum_prune.passes import Pass, PrunePass
 from optimum_prune.progress import Progress
-from optimum_prune.reconstruction import Aim, moved, named, observed_channels
+from optimum_prune.reconstruction import Aim, gram_for, moved, named, observed_channels, observed_heads
 from optimum_prune.shape import LayerShape, Shape
 from optimum_prune.statistics import Gram
 
@@ -214,10 +214,12 @@ class Osscar(PrunePass):
     def decide(
         self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress
     ) -> Iterator[Decision]:
-        targets = self.foresee(family.shape(model)).layers
+        shape = family.shape(model)
+        uniform = self.foresee(shape)
+        targets = uniform.layers
         if self.allocation == "global":
-            measured = self._measured(model, family, calibration, progress)
-            targets = self._allocated(family.shape(model), measured)
+            measured = self._measured(model, family, calibration, shape, uniform, progress)
+            targets = self._allocated(shape, uniform, measured)
             costs = ({part.field: dict(part.costs) for part in parts} for parts in measured)
             yield Decision(evidence={"nats_per_token_if_narrowed_alone": dict(enumerate(costs))})
         visits = layerwise.walk(model, family, calibration, progress, "OSSCAR, layer by layer")
@@ -228,34 +230,39 @@ class Osscar(PrunePass):
                 reference.leave()  # before this layer is cut
             if visit.index in self.protect:
                 continue
-            shape = family.layer_shape(visit.layer, family.text_config(model.config))
-            target = targets[visit.index]
-            if target.heads < shape.heads:
-                heads = self._decide_heads(visit, family, _observed_heads(visit, family), target.heads)
+            before, target = shape.layers[visit.index], targets[visit.index]
+            if target.heads < before.heads:
+                heads = self._decide_heads(visit, family, observed_heads(visit, family), target.heads)
                 visit.narrow_heads(heads.cuts.heads[visit.index])
                 yield heads
-            if target.expert_width < shape.expert_width:
+            if target.expert_width < before.expert_width:
                 yield self._decide_experts(visit, family, _observed_experts(visit, family), target.expert_width)
-            if target.width < shape.width or (changed and reference is not None and shape.width):
+            if target.width < before.width or (changed and reference is not None and before.width):
                 gram = observed_channels(visit, family)
                 aim = self._aim(visit, family, gram, reference if changed else None)
                 channels = self._decide_channels(visit, family, gram, target.width, aim)
                 visit.narrow(channels.cuts.channels[visit.index])
                 yield channels
-            changed |= target != shape
+            changed |= target != before
 
-    def _allocated(self, shape: Shape, measured: Sequence[Sequence[Measured]]) -> tuple[LayerShape, ...]:
+    def _allocated(
+        self, shape: Shape, uniform: Shape, measured: Sequence[Sequence[Measured]]
+    ) -> tuple[LayerShape, ...]:
         """The layers' shapes for allocation `global`."""
         fewer = self._each(shape, self._with_fewer_heads)
-        wanted = self.foresee(shape).parameters if self.params is None else round(self.params * shape.parameters)
+        wanted = uniform.parameters if self.params is None else round(self.params * shape.parameters)
         return tuple(allocate(fewer.layers, measured, fewer.parameters - wanted))
 
     def _measured(
-        self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        calibration: Calibration,
+        shape: Shape,
+        uniform: Shape,
+        progress: Progress,
     ) -> list[list[Measured]]:
         """What it costs the model to narrow each part of each layer alone."""
-        shape = family.shape(model)
-        uniform = self.foresee(shape)
         windows, held_out = split(calibration)
         divergence = Divergence(model, family, held_out)
         measured = []
@@ -287,7 +294,7 @@ class Osscar(PrunePass):
     def _decisions(self, visit: Visit, family: Family, part: _Part) -> list[Decision]:
         """How each size of a part of the layer would be reached."""
         if part.field == "heads":
-            gram = _observed_heads(visit, family)
+            gram = observed_heads(visit, family)
             return [self._decide_heads(visit, family, gram, size) for size in part.sizes]
         if part.field == "width":
             gram = observed_channels(visit, family)
@@ -303,7 +310,7 @@ class Osscar(PrunePass):
         size = counts.queries * counts.size
         with named(f"The attention of layer {visit.index}", aim.weight, self._damping):
             result = eliminate_groups(aim.moments(gram, self._damping), aim.weight, keep, size)
-        inputs = [head * size + feature for head in result.kept for feature in range(size)]
+        inputs = features_of(result.kept, size).tolist()
         name = f"{family.layers}.{visit.index}.{family.attention_output}"
         return Decision(
             cuts=Cuts(heads={visit.index: result.kept}),
@@ -386,25 +393,14 @@ def _trials(width: int, uniform: int, multiple: int) -> tuple[int, ...]:
     return tuple(sorted({uniform, middle, min(narrowest, uniform)}, reverse=True))
 
 
-def _observed_heads(visit: Visit, family: Family) -> Gram:
-    assert family.heads is not None
-    gram = _gram_for(family.linear(visit.layer, family.attention_output))
-    visit.observe_heads(gram.add)
-    return gram
-
-
 def _observed_experts(visit: Visit, family: Family) -> _ExpertGrams:
     described = family.experts
     assert described is not None
     output: Tensor = getattr(family.module(visit.layer, described.module), described.output)
     routed = [Gram(output.shape[2], output.device) for _ in output]
-    shared = None if described.shared is None else _gram_for(family.linear(visit.layer, described.shared.output))
+    shared = None if described.shared is None else gram_for(family.linear(visit.layer, described.shared.output))
     visit.observe_experts(lambda expert, rows: routed[expert].add(rows), None if shared is None else shared.add)
     return _ExpertGrams(routed, shared)
-
-
-def _gram_for(linear: Linear) -> Gram:
-    return Gram(linear.weight.shape[1], linear.weight.device)
 
 
 def _usual_multiple(width: int) -> int:
