@@ -45,6 +45,10 @@ class VerificationError(OptimumPruneError):
     """A saved model that does not compute what the model in memory does."""
 
 
+class PassError(OptimumPruneError):
+    """A pass whose libraries, or whose interpreter, raise an error."""
+
+
 class NumericalError(OptimumPruneError):
     """Weights or activations that are not finite."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
     from optimum_prune.calibration import Calibration
     from optimum_prune.progress import Progress
+    from optimum_prune.runtime import Runtime
 
 TOKENS_PER_BATCH = 2048
 LARGEST_LOSS = 700.0
@@ -105,13 +107,33 @@ def perplexity(model: PreTrainedModel, windows: Calibration, progress: Progress)
         NumericalError: the model's logits are not finite.
     """
     device = model.get_input_embeddings().weight.device
+
+    def logits(tokens: Tensor, mask: Tensor) -> Tensor:
+        padding = {} if mask.all() else {"attention_mask": mask.long().to(device)}
+        found: Tensor = model(input_ids=tokens.to(device), use_cache=False, **padding).logits
+        return found
+
+    return _perplexity(logits, windows, str(model.dtype).removeprefix("torch."), progress)
+
+
+def perplexity_of_runtime(runtime: Runtime, windows: Calibration, progress: Progress) -> Perplexity:
+    """The perplexity of whatever a runtime opened; windows without padding.
+
+    Raises:
+        NumericalError: its logits are not finite.
+    """
+    return _perplexity(lambda tokens, mask: runtime.logits(tokens), windows, runtime.dtype, progress)
+
+
+def _perplexity(
+    logits: Callable[[Tensor, Tensor], Float[Tensor, "w t v"]], windows: Calibration, dtype: str, progress: Progress
+) -> Perplexity:
+    """The perplexity of what maps tokens and mask to logits."""
     losses, speeds = [], []
     for tokens, mask in progress.track(windows.batches(TOKENS_PER_BATCH), "Evaluating"):
         started = time.perf_counter()
-        tokens, mask = tokens.to(device), mask.to(device)
-        padding = {} if mask.all() else {"attention_mask": mask.long()}
-        output = model(input_ids=tokens, use_cache=False, **padding)
-        losses.append(next_token_losses(output.logits, tokens, mask).cpu())
+        found = logits(tokens, mask)
+        losses.append(next_token_losses(found, tokens.to(found.device), mask).cpu())
         speeds.append(tokens.numel() / (time.perf_counter() - started))
     predicted = int(windows.mask[:, 1:].sum())
     mean = torch.cat(losses).sum().item() / predicted
@@ -127,6 +149,6 @@ def perplexity(model: PreTrainedModel, windows: Calibration, progress: Progress)
         length=windows.tokens.shape[1],
         tokens=predicted,
         bos=windows.bos,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype,
         tokens_per_second=max(speeds),
     )

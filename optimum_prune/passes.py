@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum_prune.cuts import Cuts, Decision
+from optimum_prune.options import option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from optimum_prune.anatomy import Family
     from optimum_prune.calibration import Calibration
     from optimum_prune.progress import Progress
+    from optimum_prune.prospect import Prospect
+    from optimum_prune.runtime import Runtime
     from optimum_prune.shape import Shape
 
 
@@ -41,8 +44,8 @@ class Pass(ABC):
     name: ClassVar[str]
     """What recipes call it."""
     stage: ClassVar[Stage]
-    requires: ClassVar[tuple[str, ...]] = ()
-    """Importable modules that the core does not bring along."""
+    requires: ClassVar[Mapping[str, str]] = {}
+    """Importable modules that the core does not bring along, each with what pip calls it, such as `{"onnx": "onnx>=1.20"}`."""
 
     @classmethod
     def summary(cls) -> str:
@@ -52,7 +55,14 @@ class Pass(ABC):
     @classmethod
     def missing(cls) -> tuple[str, ...]:
         """The modules in `requires` that are not installed."""
-        return tuple(name for name in cls.requires if importlib.util.find_spec(name) is None)
+        return tuple(name for name in cls.requires if not _is_there(name))
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be in
+        return False
 
 
 class PrunePass(Pass):
@@ -66,7 +76,7 @@ class PrunePass(Pass):
     def foresee(self, shape: Shape) -> Shape:
         """The shape that the model will have afterwards, from the shape before; reads no weight.
 
-        Where a search decides which layers go or how wide each becomes, it is a shape of that size.
+        Where a search decides which layers go or how wide each becomes, it is a shape of that size, with `searched`.
 
         Raises:
             RecipeError: the options ask for more than a model of this shape has.
@@ -83,16 +93,62 @@ class PrunePass(Pass):
         """
 
 
+@dataclass(frozen=True)
+class Job:
+    """What a pass from folder to folder is to do."""
+
+    source: Path
+    """The checkpoint to read."""
+    target: Path
+    """An empty folder to fill."""
+    calibration: Calibration
+    """The recipe's windows, for passes that choose by text."""
+    device: str
+    """Where to compute, as torch calls it."""
+    progress: Progress
+    seed: int = 0
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class FolderPass(Pass):
-    """A pass that reads one checkpoint folder and writes another: quantizers and exporters."""
+    """A pass that reads one checkpoint folder and writes another: quantizers and exporters.
+
+    What a QUANTIZE pass writes is the checkpoint from there on, with its tokenizer; what an EXPORT pass writes lies beside it, in
+    a folder with the pass's name, with its tokenizer and `example.py`, a script that runs it without this package. Either is
+    opened again, run, and compared with the checkpoint that it was made from.
+
+    With `python`, all of that happens in another interpreter, which needs torch, transformers and what is in `requires`, but
+    not this package.
+    """
+
+    takes_odd: ClassVar[bool] = False
+    """Whether it can read a checkpoint whose layers differ in shape or lack a block."""
+    takes_quantized: ClassVar[bool] = False
+    """Whether it can read what a QUANTIZE pass wrote."""
+    usual_tolerance: ClassVar[float]
+    """The tolerance if none is given: about twice what the worst of its settings does to a real model."""
+
+    python: str | None = option("Interpreter that runs this pass, if its libraries need another environment.", None)
+    tolerance: float | None = option(
+        "How far logits may be from those before this pass, relative to their spread; beyond it the run fails.", None
+    )
 
     @abstractmethod
-    def convert(self, source: Path, target: Path, calibration: Calibration, progress: Progress) -> Mapping[str, Any]:
-        """Reads the checkpoint in `source`, fills the empty folder `target`, and returns evidence for the report.
+    def check(self, prospect: Prospect) -> None:
+        """Looks at what is known of the checkpoint that it will read, before anything runs.
 
-        What a QUANTIZE pass writes is the checkpoint from there on; what an EXPORT pass writes lies beside it, in a
-        folder with the pass's name.
+        Raises:
+            RecipeError: it could not convert that, or not with these options; the message has the remedy.
         """
+
+    @abstractmethod
+    def convert(self, job: Job) -> Mapping[str, Any]:
+        """Reads the checkpoint in `job.source`, fills `job.target`, and returns evidence for the report, as plain data."""
+
+    @abstractmethod
+    def open(self, folder: Path, device: str) -> Runtime:
+        """What `convert` wrote, read from its folder and ready to run, as its users will run it."""
 
 
 @dataclass(frozen=True)
@@ -108,3 +164,5 @@ class Outcome:
     cuts: Cuts = field(default_factory=Cuts)
     evidence: tuple[Mapping[str, Any], ...] = ()
     """Why it decided so, one entry for each decision."""
+    artefact: Mapping[str, Any] | None = None
+    """Of a pass from folder to folder: what it wrote, how far that is from what it was made from, and how well it runs."""

@@ -51,6 +51,10 @@ class Shape:
     layers: tuple[LayerShape, ...]
     elsewhere: int = 0
     """Parameters that belong to no decoder layer: embeddings, head, last norm."""
+    searched_width: int | None = None
+    """Where a search decides how wide the FFN of each layer becomes: all will be multiples of this."""
+    searched_blocks: bool = False
+    """Where a search decides which attention and FFN blocks are left out."""
 
     @property
     def parameters(self) -> int:
@@ -63,8 +67,8 @@ class Shape:
 
     @property
     def even(self) -> bool:
-        """Whether all layers are alike."""
-        return len(set(self.layers)) == 1
+        """Whether all layers are alike, and no search will change that."""
+        return len(set(self.layers)) == 1 and not self.searched_width and not self.searched_blocks
 
     def describe(self) -> str:
         """In a line."""

@@ -78,7 +78,7 @@ class BlockPruner(PrunePass):
         layers = list(shape.layers[:whole])
         if count % 2 and not self.stock:
             layers[-1] = replace(layers[-1], parameters=layers[-1].parameters // 2)
-        return replace(shape, layers=tuple(layers))
+        return replace(shape, layers=tuple(layers), searched_blocks=shape.searched_blocks or not self.stock)
 
     def _count(self, shape: Shape) -> int:
         if self.blocks is not None:

@@ -123,9 +123,14 @@ class Osscar(PrunePass):
         if len(self.protect) == len(shape.layers):
             raise RecipeError("osscar is to protect every layer, so there is nothing to prune. Leave some out.")
         fewer = self._each(shape, self._with_fewer_heads)
+        if self.ratio is None and self.params is None:
+            return fewer
         if self.ratio is not None:
-            return self._narrowed(fewer, self.ratio)
-        return fewer if self.params is None else self._solved(fewer, self.params * shape.parameters)
+            found = self._narrowed(fewer, self.ratio)
+        else:
+            assert self.params is not None
+            found = self._solved(fewer, self.params * shape.parameters)
+        return found if self.allocation == "uniform" else replace(found, searched_width=self._least(fewer))
 
     def _each(self, shape: Shape, change: Any) -> Shape:
         """With every layer changed that is not protected."""
@@ -170,10 +175,7 @@ class Osscar(PrunePass):
         Raises:
             RecipeError: no width does.
         """
-        widths = {(layer.width, False) for layer in shape.layers} | {
-            (layer.expert_width, True) for layer in shape.layers
-        }
-        multiples = ((width, self._multiple(width, experts)) for width, experts in widths if width)
+        multiples = ((width, self._multiple(width, experts)) for width, experts in _widths(shape))
         exact = sorted({kept / width for width, multiple in multiples for kept in range(multiple, width, multiple)})
         between = [(low + high) / 2 for low, high in pairwise(exact)]  # where layers have widths of their own
         found = {1 - kept: self._narrowed(shape, 1 - kept) for kept in (*exact, *between)}
@@ -204,6 +206,10 @@ class Osscar(PrunePass):
                 f"osscar is to keep a multiple of {multiple} channels, and fewer than {width}. Lower multiple_of."
             )
         return kept
+
+    def _least(self, shape: Shape) -> int:
+        """What the FFN width of every layer will be a multiple of, as it is or narrowed."""
+        return math.gcd(*(math.gcd(width, self._multiple(width, experts)) for width, experts in _widths(shape)))
 
     def _multiple(self, width: int, experts: bool) -> int:
         multiple = self.multiple_of or _usual_multiple(width)
@@ -401,6 +407,16 @@ def _observed_experts(visit: Visit, family: Family) -> _ExpertGrams:
     shared = None if described.shared is None else gram_for(family.linear(visit.layer, described.shared.output))
     visit.observe_experts(lambda expert, rows: routed[expert].add(rows), None if shared is None else shared.add)
     return _ExpertGrams(routed, shared)
+
+
+def _widths(shape: Shape) -> set[tuple[int, bool]]:
+    """The FFN widths of the layers, each with whether it is that of experts."""
+    return {
+        (width, experts)
+        for layer in shape.layers
+        for width, experts in ((layer.width, False), (layer.expert_width, True))
+        if width
+    }
 
 
 def _usual_multiple(width: int) -> int:
