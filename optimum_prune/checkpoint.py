@@ -266,13 +266,18 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fold
             model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        _edit_json(folder / "config.json", _with_older_rope)
-        if (folder / "tokenizer_config.json").is_file():
-            _edit_json(folder / "tokenizer_config.json", _with_older_tokenizer_class)
+        add_older_fields(folder)
     except Exception as error:  # full disks, and configs that transformers refuses to write
         raise OutputError(
             f"The checkpoint cannot be written: {reason(error)} Make room, or name an --output elsewhere."
         ) from error
+
+
+def add_older_fields(folder: Path) -> None:
+    """Adds to the JSON files of a checkpoint what transformers 4 reads where transformers 5 writes something else."""
+    _edit_json(folder / "config.json", _with_older_rope)
+    if (folder / "tokenizer_config.json").is_file():
+        _edit_json(folder / "tokenizer_config.json", _with_older_tokenizer_class)
 
 
 def _edit_json(file: Path, edit: Any) -> None:

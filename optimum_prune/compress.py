@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimum_prune import checkpoint, surgery
+from optimum_prune import checkpoint, conversion, elsewhere, surgery
 from optimum_prune.anatomy import Family, find_family, parameters
 from optimum_prune.calibration import Calibration, draw
-from optimum_prune.checkpoint import Probe
 from optimum_prune.cuts import Cuts
 from optimum_prune.errors import OutputError, RecipeError, SurgeryError, reason
 from optimum_prune.evaluation import Perplexity, perplexity
 from optimum_prune.measure import Meter
 from optimum_prune.options import as_plain
-from optimum_prune.passes import FolderPass, Outcome, Pass, PrunePass, Stage
+from optimum_prune.passes import FolderPass, Job, Outcome, Pass, PrunePass, Stage
 from optimum_prune.plugins import Plugins
 from optimum_prune.plugins import load as load_plugins
 from optimum_prune.progress import Progress
+from optimum_prune.prospect import Prospect
 from optimum_prune.recipe import Recipe, Settings
 from optimum_prune.report import Change, Report
+from optimum_prune.runtime import Expected, Runtime, open_in_transformers
 from optimum_prune.shape import Shape
 from optimum_prune.staging import Staging, check_output, staged
+from optimum_prune.unfinished import Unfinished, files_fingerprint, windows_fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -50,6 +53,8 @@ class Subject:
     load: Callable[[], PreTrainedModel]
     companions: tuple[Path, ...] = ()
     """Files that belong beside the weights, whatever is done to them."""
+    in_memory: bool = False
+    """Whether its weights are the caller's, so that nothing tells whether they were changed."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +65,6 @@ class Texts:
     evaluation: Calibration | None
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """A model that was pruned and saved: what was known of it before it is reloaded."""
-
-    outcomes: tuple[Outcome, ...]
-    parameters_before: Mapping[str, int]
-    bytes_before: int
-    perplexity_before: Perplexity | None
-    probe: Probe
-    dtype: torch.dtype
-
-
 def compress(
     recipe: Recipe,
     output: str | Path,
@@ -79,6 +72,7 @@ def compress(
     subject: Subject | None = None,
     texts: Texts | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     hooks: Iterable[object] = (),
     progress: Progress | None = None,
 ) -> Report:
@@ -90,11 +84,13 @@ def compress(
         subject: the model, instead of the one that the recipe's settings name.
         texts: token windows, instead of those that the recipe describes.
         overwrite: replace an output folder that exists.
+        resume: insist that a run that ended early goes on; otherwise one does if there is one, of this model, text and passes.
         hooks: objects with `before_pass` or `pass_finished` marked `@hookimpl`, such as a tracker.
         progress: where to show progress; nowhere if not given.
 
     Raises:
-        OptimumPruneError: whatever a user can mend; then there is no output folder.
+        OptimumPruneError: whatever a user can mend; then there is no output folder. What was finished by then, if the recipe goes
+            on after pruning, is kept beside it, and the message says where.
     """
     progress = progress or Progress()
     plugins = load_plugins(hooks)
@@ -104,37 +100,19 @@ def compress(
         family = find_family(subject.config, plugins.families)
         shape = family.shape(meta_model(subject.config, recipe.settings.trust_remote_code))
         foreseen = foresee(recipe.passes, shape)[-1]
+        check_conversions(recipe.passes, Prospect(subject.config, family, foreseen))
         with progress.libraries():
             texts = texts or _draw(recipe, subject, family, plugins)
         _check_texts(texts, family.text_config(subject.config))
         _check_disk(staging.root, foreseen.parameters * checkpoint.item_size(subject.config, recipe.settings.dtype))
-        pruned = _prune(recipe, subject, family, texts, plugins, staging, progress)
-        reloaded, verified = checkpoint.verify(
-            staging.result,
-            pruned.probe,
-            pruned.dtype,
-            device_of(recipe.settings),
-            recipe.settings.trust_remote_code,
-            progress,
-        )
-        converted = _convert(recipe, texts, plugins, staging, progress)
-        if any(outcome.stage is Stage.QUANTIZE for outcome in converted):
-            reloaded = _load_result(staging.result, recipe.settings, progress)
-        after = None if texts.evaluation is None else perplexity(reloaded, texts.evaluation, progress)
-        count = parameters(reloaded)
-        report = Report(
-            model=subject.name,
-            parameters=Change(pruned.parameters_before["total"], count["total"]),
-            non_embedding_parameters=Change(pruned.parameters_before["non_embedding"], count["non_embedding"]),
-            bytes=Change(pruned.bytes_before, checkpoint.bytes_on_disk(staging.result)),
-            perplexity=Change(pruned.perplexity_before, after) if pruned.perplexity_before and after else None,
-            passes=(*pruned.outcomes, *converted),
-            calibration=_describe(texts.calibration, recipe.settings.seed),
-            verified=verified,
-            seconds=meter.seconds,
-            stock=not hasattr(reloaded.config, "pruned"),
-        )
+        unfinished = Unfinished(Path(output), _identity(recipe.settings, subject, texts))
+        run = _Run(recipe, texts, plugins, staging, unfinished, progress, meter)
+        with unfinished.told():
+            report = run.found(resume) or run.pruned(subject, family)
+            report = run.converted(report)
+        report = replace(report, seconds=report.seconds + meter.seconds)
         _write(staging.result, replace(recipe, settings=replace(recipe.settings, model=subject.name)), report)
+    unfinished.remove()
     return report
 
 
@@ -201,7 +179,43 @@ def foresee(steps: Sequence[Pass], shape: Shape) -> list[Shape]:
     return shapes
 
 
+def check_conversions(steps: Sequence[Pass], prospect: Prospect) -> None:
+    """Lets passes from folder to folder look at what they will get.
+
+    Raises:
+        RecipeError: one could not convert it.
+    """
+    for step in steps:
+        if not isinstance(step, FolderPass):
+            continue
+        if prospect.odd and not step.takes_odd:
+            raise RecipeError(
+                f"'{step.name}' cannot read a model whose layers differ in shape or lack a block, as the passes before it leave it. Prune every "
+                f"layer alike (osscar without `allocation: global` and `protect`; depth; block-pruner with `stock: true`), or leave "
+                f"'{step.name}' out."
+            )
+        step.check(prospect)
+
+
 # Before the weights are read
+
+
+def _identity(settings: Settings, subject: Subject, texts: Texts) -> dict[str, str | None]:
+    """What must be equal for a run to go on where another stopped, each by the word for it."""
+    path = Path(subject.name).expanduser()
+    if subject.in_memory:
+        model = None
+    elif path.exists():
+        model = files_fingerprint(path)
+    else:
+        model = f"{subject.name} {getattr(subject.config, '_commit_hash', None)}"
+    return {
+        "the model": model,
+        "the calibration": windows_fingerprint(texts.calibration),
+        "the evaluation": windows_fingerprint(texts.evaluation),
+        "dtype, device or seed": f"{settings.dtype} {device_of(settings)} {settings.seed}",
+        "the version of optimum-prune": version("optimum-prune"),
+    }
 
 
 def _draw(recipe: Recipe, subject: Subject, family: Family, plugins: Plugins) -> Texts:
@@ -256,26 +270,187 @@ def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
 # Passes
 
 
-def _prune(
-    recipe: Recipe,
-    subject: Subject,
-    family: Family,
-    texts: Texts,
-    plugins: Plugins,
-    staging: Staging,
-    progress: Progress,
-) -> Pruned:
-    """Loads the model, measures it, prunes it, and saves it. Unless the caller holds the model, it is gone afterwards."""
-    model = subject.load()
-    _check_rotary(model, subject.name)
-    count, size = parameters(model), checkpoint.weight_bytes(model)
-    before = None if texts.evaluation is None else perplexity(model, texts.evaluation, progress)
-    steps = [step for step in recipe.passes if isinstance(step, PrunePass)]
-    outcomes = tuple(prune(step, model, family, texts.calibration, plugins, progress) for step in steps)
-    checkpoint.save(model, subject.tokenizer, staging.result, progress)
-    for file in subject.companions:
-        shutil.copy(file, staging.result)
-    return Pruned(outcomes, count, size, before, checkpoint.probe(model, texts.calibration.tokens), model.dtype)
+@dataclass(frozen=True)
+class _Run:
+    """The passes of a recipe, carried out one after the other; after each that leaves a checkpoint, the report so far is kept."""
+
+    recipe: Recipe
+    texts: Texts
+    plugins: Plugins
+    staging: Staging
+    unfinished: Unfinished
+    progress: Progress
+    meter: Meter
+
+    @property
+    def pruning(self) -> list[PrunePass]:
+        return [step for step in self.recipe.passes if isinstance(step, PrunePass)]
+
+    @property
+    def conversions(self) -> list[FolderPass]:
+        return [step for step in self.recipe.passes if isinstance(step, FolderPass)]
+
+    def found(self, resume: bool) -> Report | None:
+        """The report of what an earlier run finished, whose checkpoint becomes the result so far."""
+        found = self.unfinished.find([(step.name, as_plain(step)) for step in self.recipe.passes], resume)
+        if found is None or found.passes < len(self.pruning):
+            return None
+        self.staging.result = found.checkpoint
+        report = Report.from_state(found.facts)
+        self.progress.say(
+            f"Going on from {found.checkpoint}, where {', '.join(step.name for step in report.passes)} are done."
+        )
+        return report
+
+    def keep(self, report: Report) -> None:
+        """Keeps the result so far, if the recipe goes on behind it."""
+        if self.conversions:
+            done = [(outcome.name, outcome.options) for outcome in report.passes]
+            spent = replace(report, seconds=report.seconds + self.meter.seconds)
+            self.staging.result = self.unfinished.save(self.staging.result, done, spent.to_state())
+
+    def pruned(self, subject: Subject, family: Family) -> Report:
+        """Loads, measures, prunes and saves the model, reloads it and measures it again. What it loads is gone afterwards."""
+        settings, folder = self.recipe.settings, self.staging.result
+        model = subject.load()
+        _check_rotary(model, subject.name)
+        count, size = parameters(model), checkpoint.weight_bytes(model)
+        before = self.perplexity(model)
+        outcomes = [
+            prune(step, model, family, self.texts.calibration, self.plugins, self.progress) for step in self.pruning
+        ]
+        checkpoint.save(model, subject.tokenizer, folder, self.progress)
+        for file in subject.companions:
+            shutil.copy(file, folder)
+        probe, dtype = checkpoint.probe(model, self.texts.calibration.tokens), model.dtype
+        del model
+        reloaded, verified = checkpoint.verify(
+            folder, probe, dtype, device_of(settings), settings.trust_remote_code, self.progress
+        )
+        after, left = self.perplexity(reloaded), parameters(reloaded)
+        report = Report(
+            model=subject.name,
+            parameters=Change(count["total"], left["total"]),
+            non_embedding_parameters=Change(count["non_embedding"], left["non_embedding"]),
+            bytes=Change(size, checkpoint.bytes_on_disk(folder)),
+            perplexity=Change(before, after) if before and after else None,
+            passes=tuple(outcomes),
+            calibration=_describe(self.texts.calibration, settings.seed),
+            verified=verified,
+            seconds=0.0,
+            stock=not hasattr(reloaded.config, "pruned"),
+        )
+        self.keep(report)
+        return report
+
+    def perplexity(self, model: PreTrainedModel) -> Perplexity | None:
+        """Of a model in memory, if any is to be measured."""
+        return None if self.texts.evaluation is None else perplexity(model, self.texts.evaluation, self.progress)
+
+    def converted(self, report: Report) -> Report:
+        """Carries out what is left of the passes that go from folder to folder, each on what the one before left."""
+        expected = _Expectations(self.texts, device_of(self.recipe.settings))
+        for position, step in enumerate(self.conversions, start=len(self.pruning)):
+            if position < len(report.passes):
+                expected.follow(step)
+                continue
+            self.plugins.manager.hook.before_pass(step=step, model=None)
+            outcome, after = self.convert(step, expected)
+            self.plugins.manager.hook.pass_finished(outcome=outcome)
+            report = replace(report, passes=(*report.passes, outcome))
+            if step.stage is Stage.QUANTIZE:
+                report = replace(
+                    report, bytes=Change(report.bytes.before, checkpoint.bytes_on_disk(self.staging.result))
+                )
+                if report.perplexity is not None and after is not None:
+                    report = replace(report, perplexity=Change(report.perplexity.before, after))
+            self.keep(report)
+            expected.follow(step)
+        return report
+
+    def convert(self, step: FolderPass, expected: _Expectations) -> tuple[Outcome, Perplexity | None]:
+        """Carries out one pass; the result becomes what it wrote, or holds that in a folder with its name."""
+        settings, source = self.recipe.settings, self.staging.result
+        target, room = self.staging.root / step.name, self.staging.root / f"{step.name}-room"
+        for folder in (target, room):
+            folder.mkdir()
+        job = Job(
+            source,
+            target,
+            self.texts.calibration,
+            device_of(settings),
+            self.progress,
+            settings.seed,
+            settings.trust_remote_code,
+        )
+        interpreter = elsewhere.interpreter_of(step)
+        arguments = step, job, expected.of(source, step), expected.evaluation
+        with self.progress.libraries():
+            if interpreter is None:
+                done, versions = conversion.carry_out(*arguments), elsewhere.versions(step)
+            else:
+                done, versions = elsewhere.carry_out(interpreter, *arguments, room)
+        if step.stage is Stage.EXPORT:
+            place = source / step.name
+            shutil.rmtree(place, ignore_errors=True)
+            target.rename(place)
+        else:
+            self.staging.result = target
+        artefact = {
+            "folder": step.name if step.stage is Stage.EXPORT else ".",
+            "bytes": done.bytes,
+            "tolerance": done.tolerance,
+            **asdict(done.comparison),
+            "perplexity": done.perplexity and done.perplexity.value,
+            "tokens_per_second": done.perplexity and done.perplexity.tokens_per_second,
+            "dtype": done.perplexity and done.perplexity.dtype,
+            "interpreter": interpreter,
+            "versions": versions,
+        }
+        outcome = Outcome(
+            step.name,
+            step.stage,
+            as_plain(step),
+            done.seconds,
+            done.peak_memory,
+            evidence=(done.evidence,),
+            artefact=artefact,
+        )
+        return outcome, done.perplexity
+
+
+class _Expectations:
+    """What checkpoints compute that passes from folder to folder read, kept for the next that reads the same."""
+
+    def __init__(self, texts: Texts, device: str) -> None:
+        self._device = device
+        self.evaluation = None if texts.evaluation is None else _whole(texts.evaluation)
+        self._tokens = (self.evaluation or _whole(texts.calibration) or texts.calibration).tokens
+        self._writer: FolderPass | None = None
+        self._kept: tuple[Path, str, Expected] | None = None
+
+    def follow(self, step: FolderPass) -> None:
+        """Notes who wrote the checkpoint that is read from here on."""
+        if step.stage is Stage.QUANTIZE:
+            self._writer = step
+
+    def of(self, source: Path, step: FolderPass) -> Expected:
+        """What a pass must stay near to: exports in float32, whatever the checkpoint's dtype."""
+        dtype = "float32" if step.stage is Stage.EXPORT else "auto"
+        if self._kept is None or self._kept[:2] != (source, dtype):
+            runtime: Runtime
+            if self._writer is not None and not self._writer.missing():
+                runtime = self._writer.open(source, self._device)
+            else:
+                runtime = open_in_transformers(source, self._device, dtype)
+            self._kept = source, dtype, Expected.of(runtime, self._tokens)
+        return self._kept[2]
+
+
+def _whole(windows: Calibration) -> Calibration | None:
+    """The windows without padding, which runtimes take; none if all have some."""
+    kept = windows.mask.all(dim=1)
+    return replace(windows, tokens=windows.tokens[kept], mask=windows.mask[kept]) if kept.any() else None
 
 
 def _check_rotary(model: PreTrainedModel, name: str) -> None:
@@ -323,40 +498,6 @@ def prune(
     return outcome
 
 
-def _convert(
-    recipe: Recipe, texts: Texts, plugins: Plugins, staging: Staging, progress: Progress
-) -> tuple[Outcome, ...]:
-    """Carries out the passes that go from folder to folder; `staging.result` becomes the last checkpoint."""
-    outcomes = []
-    for position, step in enumerate(recipe.passes):
-        if not isinstance(step, FolderPass):
-            continue
-        plugins.manager.hook.before_pass(step=step, model=None)
-        exports = step.stage is Stage.EXPORT
-        target = staging.result / step.name if exports else staging.root / f"{position}-{step.name}"
-        target.mkdir()
-        with Meter() as meter:
-            evidence = step.convert(staging.result, target, texts.calibration, progress)
-        if not exports:
-            staging.result = target
-        outcomes.append(
-            Outcome(step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, evidence=(evidence,))
-        )
-        plugins.manager.hook.pass_finished(outcome=outcomes[-1])
-    return tuple(outcomes)
-
-
-def _load_result(folder: Path, settings: Settings, progress: Progress) -> PreTrainedModel:
-    """The checkpoint that a quantization pass left, as stock transformers reads it."""
-    from transformers import AutoModelForCausalLM
-
-    with progress.libraries():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", trust_remote_code=settings.trust_remote_code
-        )
-    return model.to(device_of(settings)).eval()
-
-
 # What is written beside the weights
 
 
@@ -367,7 +508,7 @@ def _describe(calibration: Calibration, seed: int) -> dict[str, Any]:
 
 def _write(folder: Path, recipe: Recipe, report: Report) -> None:
     aside = folder / "compression"
-    aside.mkdir()
+    aside.mkdir(exist_ok=True)
     cuts = [{"pass": outcome.name, **outcome.cuts.to_json()} for outcome in report.passes]
     (aside / "cuts.json").write_text(json.dumps(cuts, indent=2) + "\n", encoding="utf-8")
     (aside / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")

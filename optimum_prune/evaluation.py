@@ -122,7 +122,7 @@ def perplexity_of_runtime(runtime: Runtime, windows: Calibration, progress: Prog
     Raises:
         NumericalError: its logits are not finite.
     """
-    return _perplexity(lambda tokens, mask: runtime.logits(tokens), windows, runtime.dtype, progress)
+    return _perplexity(lambda tokens, _: runtime.logits(tokens), windows, runtime.dtype, progress)
 
 
 def _perplexity(

@@ -20,11 +20,13 @@ class Progress:
     """Where progress is shown: a bar on stderr for each long step, or nothing."""
 
     visible: bool = False
+    output: bool = False
+    """Whether sentences, and what a pass in another interpreter prints, are shown on stderr."""
 
     @classmethod
     def for_terminal(cls, quiet: bool = False) -> Progress:
-        """Bars if stderr is a terminal and nobody asked for silence."""
-        return cls(visible=not quiet and sys.stderr.isatty())
+        """Bars if stderr is a terminal, and the output of other interpreters, if nobody asked for silence."""
+        return cls(visible=not quiet and sys.stderr.isatty(), output=not quiet)
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """The items, with a bar that counts them."""
@@ -32,6 +34,11 @@ class Progress:
         hidden = not self.visible
         bar = tqdm(items, description, total, leave=False, disable=hidden, ncols=size.columns, nrows=size.lines)
         return iter(bar)
+
+    def say(self, sentence: str) -> None:
+        """Puts a sentence on stderr, if anything is to be shown."""
+        if self.output:
+            print(sentence, file=sys.stderr)
 
     @contextmanager
     def libraries(self) -> Iterator[None]:

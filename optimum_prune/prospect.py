@@ -42,7 +42,11 @@ class Prospect:
         config, layer = self.text_config, self.shape.layers[0]
         query_heads = config.num_attention_heads
         all_heads = getattr(config, "num_key_value_heads", None) or query_heads
-        size = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // query_heads
+        size = (
+            getattr(config, "v_head_dim", None)
+            or getattr(config, "head_dim", None)
+            or config.hidden_size // query_heads
+        )
         heads = 1 if self.shape.searched_width and layer.heads else layer.heads or all_heads
         found = {"hidden size": config.hidden_size, "width of attention": heads * query_heads // all_heads * size}
         for index, each in enumerate(self.shape.layers):
@@ -68,8 +72,12 @@ class Prospect:
         for what, width in self.widths().items():
             if width % size == 0:
                 continue
-            possible = [str(group) for group in (256, 128, 64, 32, 16) if all(w % group == 0 for w in self.widths().values())]
-            remedy = f"give {of} a group_size of {', '.join(possible)}" if possible else f"give {of} groups of another size"
+            possible = [
+                str(group) for group in (256, 128, 64, 32, 16, 8) if all(w % group == 0 for w in self.widths().values())
+            ]
+            remedy = (
+                f"give {of} a group_size of {', '.join(possible)}" if possible else f"give {of} groups of another size"
+            )
             if "width" in what:
                 remedy = f"prune with `multiple_of: {size}`, or {remedy}"
             raise RecipeError(

@@ -53,7 +53,10 @@ class Pruner:
         model = model_or_path
         name = model.name_or_path or type(model).__name__
         here = Settings(model=name, seed=seed, device=str(model.device), trust_remote_code=trust_remote_code)
-        return cls(Subject(name, name, model.config, tokenizer or _tokenizer(name), lambda: model.eval()), here)
+        return cls(
+            Subject(name, name, model.config, tokenizer or _tokenizer(name), lambda: model.eval(), in_memory=True),
+            here,
+        )
 
     def prune(
         self,
@@ -62,6 +65,7 @@ class Pruner:
         evaluation: Calibration | Text | str | Path | None = None,
         save_dir: str | Path,
         overwrite: bool = False,
+        resume: bool = False,
         hooks: Iterable[object] = (),
         progress: Progress | None = None,
     ) -> Path:
@@ -72,6 +76,7 @@ class Pruner:
             evaluation: what to report on; if not given, the end of the calibration text, or nothing if that is windows.
             save_dir: the output folder.
             overwrite: replace the output folder if it exists.
+            resume: insist that a run that ended early goes on.
             hooks: objects with `before_pass` or `pass_finished` marked `@hookimpl`.
             progress: where to show progress; bars if stderr is a terminal, if not given.
 
@@ -104,6 +109,7 @@ class Pruner:
             subject=self.subject,
             texts=texts,
             overwrite=overwrite,
+            resume=resume,
             hooks=hooks,
             progress=progress or Progress.for_terminal(),
         )

@@ -10,9 +10,10 @@ from typing import Any, Literal
 import yaml
 
 from optimum_prune.calibration import Text, texts_to_use
+from optimum_prune.elsewhere import check_libraries
 from optimum_prune.errors import RecipeError, unknown
 from optimum_prune.options import as_plain, build, option
-from optimum_prune.passes import Pass, Stage
+from optimum_prune.passes import FolderPass, Pass, Stage
 from optimum_prune.plugins import Plugins
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -60,11 +61,15 @@ class Recipe:
             raise RecipeError(
                 f"The recipe exports twice with the same pass: {', '.join(exports)}. Run a recipe for each."
             )
+        quantized: Pass | None = None
         for step in self.passes:
-            if step.missing():
+            if isinstance(step, FolderPass) and quantized is not None and not step.takes_quantized:
                 raise RecipeError(
-                    f"'{step.name}' needs {', '.join(step.missing())}, which is not installed. Run: pip install {' '.join(step.missing())}"
+                    f"'{step.name}' comes after '{quantized.name}', and cannot read what that leaves: packed weights. Leave one of them out; "
+                    f"exporters have options of their own to quantize."
                 )
+            quantized = step if step.stage is Stage.QUANTIZE else quantized
+            check_libraries(step)
         texts_to_use(self.calibration, self.evaluation)
 
     @classmethod

@@ -6,13 +6,14 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Generic, TypeVar
 
 from optimum_prune.checkpoint import Verification
+from optimum_prune.cuts import Cuts
 from optimum_prune.evaluation import Perplexity
-from optimum_prune.passes import Outcome
+from optimum_prune.passes import Outcome, Stage
 
 T = TypeVar("T")
 PACKAGES = ("optimum-prune", "torch", "transformers", "optimum", "accelerate", "datasets", "safetensors")
@@ -72,6 +73,45 @@ class Report:
             }
         return plain
 
+    def to_state(self) -> dict[str, Any]:
+        """Plain data from which `from_state` makes this report again, for a run that goes on later."""
+        passes = [
+            {
+                **vars(outcome),
+                "stage": outcome.stage.name,
+                "cuts": outcome.cuts.to_json(),
+                "evidence": list(outcome.evidence),
+            }
+            for outcome in self.passes
+        ]
+        plain: dict[str, Any] = _finite({**asdict(replace(self, passes=())), "passes": passes})
+        return plain
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Report:
+        """The inverse of `to_state`."""
+        passes = tuple(
+            Outcome(
+                **{
+                    **outcome,
+                    "stage": Stage[outcome["stage"]],
+                    "cuts": Cuts.from_json(outcome["cuts"]),
+                    "evidence": tuple(outcome["evidence"]),
+                }
+            )
+            for outcome in state["passes"]
+        )
+        measured = state["perplexity"]
+        return cls(
+            **{
+                **state,
+                **{name: Change(**state[name]) for name in ("parameters", "non_embedding_parameters", "bytes")},
+                "perplexity": measured and Change(*(Perplexity(**measured[when]) for when in ("before", "after"))),
+                "verified": Verification(**state["verified"]),
+                "passes": passes,
+            }
+        )
+
     def to_json(self) -> str:
         """`to_dict` as JSON; figures that are not finite are null there."""
         return json.dumps(_finite(self.to_dict()), indent=2, allow_nan=False)
@@ -95,10 +135,11 @@ class Report:
         return "\n".join([aligned([("", "before", "after", "change"), *self.rows()], right=True), "", *self._notes()])
 
     def _notes(self) -> list[str]:
-        notes = [
-            f"{outcome.name}: {outcome.seconds:,.1f} s, peak memory {outcome.peak_memory / 1e9:,.2f} GB"
-            for outcome in self.passes
-        ]
+        notes = []
+        for outcome in self.passes:
+            notes.append(f"{outcome.name}: {outcome.seconds:,.1f} s, peak memory {outcome.peak_memory / 1e9:,.2f} GB")
+            if outcome.artefact is not None:
+                notes[-1] += f"; {_describe_artefact(outcome.artefact)}"
         if self.perplexity is not None:
             notes.append(f"Perplexity on {describe(self.perplexity.after)}")
         how = "stock transformers" if self.stock else "optimum_prune (its layers differ in shape)"
@@ -185,6 +226,18 @@ def aligned(rows: Sequence[Sequence[str]], right: bool = False) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
+def _describe_artefact(artefact: Mapping[str, Any]) -> str:
+    """What a pass from folder to folder wrote, in a line."""
+    where = "" if artefact["folder"] == "." else f" in {artefact['folder']}/"
+    line = (
+        f"{artefact['bytes'] / 1e6:,.1f} MB{where}, logits differ by {artefact['difference']:.2g} of their spread "
+        f"({artefact['tolerance']:.2g} tolerated), {artefact['same_tokens']} of {artefact['generated']} tokens generated alike"
+    )
+    if artefact["perplexity"] is not None:
+        line += f", perplexity {artefact['perplexity']:,.2f}, {artefact['tokens_per_second']:,.0f} tokens per second"
+    return line
+
+
 def _row(name: str, change: Change[Any], show: Any) -> tuple[str, str, str, str]:
     percent = f"{100 * (change.after / change.before - 1):+.1f} %" if change.before else ""
     return name, show(change.before), show(change.after), percent
@@ -198,6 +251,7 @@ def _pass_to_dict(outcome: Outcome) -> dict[str, Any]:
         "seconds": outcome.seconds,
         "peak_memory": outcome.peak_memory,
         "decisions": [dict(evidence) for evidence in outcome.evidence],
+        **({} if outcome.artefact is None else {"artefact": dict(outcome.artefact)}),
     }
 
 

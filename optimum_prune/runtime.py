@@ -43,11 +43,13 @@ class TransformersRuntime(Runtime):
 
     @torch.no_grad()
     def logits(self, tokens: Int[Tensor, "w t"]) -> Float[Tensor, "w t v"]:
-        output = self.model(input_ids=tokens.to(self.model.device), use_cache=False)
-        return output.logits.float().cpu()
+        """As `Runtime.logits`."""
+        found: Tensor = self.model(input_ids=tokens.to(self.model.device), use_cache=False).logits
+        return found.float().cpu()
 
     @torch.no_grad()
     def generate(self, tokens: Int[Tensor, " t"], count: int) -> list[int]:
+        """As `Runtime.generate`."""
         found: list[int] = []
         ahead, cache = tokens[None].to(self.model.device), None
         for _ in range(count):

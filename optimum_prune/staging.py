@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optimum_prune.errors import OutputError
+from optimum_prune.unfinished import runs
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
@@ -109,21 +110,11 @@ def _mend_abandoned(output: Path) -> None:
         pattern = re.compile(re.escape(_hidden_prefix(output, kind)) + r"(\d+)-.*")
         for folder in sorted(output.parent.iterdir()):
             match = pattern.fullmatch(folder.name)
-            if not match or _runs(int(match[1])):
+            if not match or runs(int(match[1])):
                 continue
             if kind == "replaced" and not os.path.lexists(output) and (folder / output.name).is_dir():
                 (folder / output.name).rename(output)
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _move_into_place(result: Path, output: Path) -> None:

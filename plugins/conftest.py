@@ -28,6 +28,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session")
 def plugins():
+    """All that is installed."""
     return load()
 
 

@@ -497,10 +497,11 @@ class Pack(FolderPass):
 
     name: ClassVar[str] = "pack"
     stage: ClassVar[Stage] = Stage.QUANTIZE
-    requires: ClassVar[tuple[str, ...]] = ({requires})
+    requires: ClassVar[dict[str, str]] = {{{requires}}}
 
-    def convert(self, source, target, calibration, progress):
-        return {{}}
+    def check(self, prospect): ...
+    def convert(self, job): ...
+    def open(self, folder, device): ...
 
 @hookimpl
 def passes():
@@ -539,7 +540,7 @@ def test_stages_out_of_order_are_refused(stranger, cli, llama, text_file, tmp_pa
 
 
 def test_a_pass_whose_libraries_are_missing_is_listed_and_refused(stranger, cli, llama, text_file, tmp_path, work):
-    stranger(requires="'no_such_module_anywhere',")
+    stranger(requires="'no_such_module_anywhere': 'no-such-module'")
     assert re.search(
         r"^pack +QUANTIZE +stranger 0\.3 +no_such_module_anywhere +Packs weights\.$",
         cli("compress", "passes")[1],

@@ -3,15 +3,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
-from dataclasses import dataclass
 from importlib.metadata import version
-from typing import ClassVar
 
 import conformance
 import pytest
 import tiny
 import torch
+from folder_passes import Archive, Halve
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +19,6 @@ from optimum_prune import (
     Calibration,
     Cuts,
     Depth,
-    FolderPass,
     OptimumPruneError,
     Osscar,
     Progress,
@@ -30,7 +29,7 @@ from optimum_prune import (
     Text,
     compress,
     hookimpl,
-    option,
+    load_model,
 )
 from optimum_prune.anatomy import find_family
 from optimum_prune.calibration import draw
@@ -226,36 +225,6 @@ def test_a_report_is_json_even_if_a_candidate_is_infinitely_bad(llama, text_file
     assert report_of(tmp_path / "out")["passes"][0]["decisions"][-1]["dropped"] == [3]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Halve(FolderPass):
-    """Stores weights in half precision."""
-
-    name: ClassVar[str] = "halve"
-    stage: ClassVar[Stage] = Stage.QUANTIZE
-
-    def convert(self, source, target, calibration, progress):
-        model = AutoModelForCausalLM.from_pretrained(source)
-        model.to(torch.bfloat16).save_pretrained(target)
-        AutoTokenizer.from_pretrained(source).save_pretrained(target)
-        return {"layers": model.config.num_hidden_layers, "windows": len(calibration.tokens)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Count(FolderPass):
-    """Writes the number of parameters."""
-
-    name: ClassVar[str] = "count"
-    stage: ClassVar[Stage] = Stage.EXPORT
-    fail: bool = option("Fail.", False)
-
-    def convert(self, source, target, calibration, progress):
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-        (target / "count.txt").write_text(f"{model.num_parameters()} {model.dtype}")
-        if self.fail:
-            raise RuntimeError("the exporter broke")
-        return {}
-
-
 class Heard:
     def __init__(self):
         self.events = []
@@ -271,7 +240,7 @@ class Heard:
 
 def test_passes_from_folder_to_folder_follow_in_order(llama, text_file, tmp_path, plugins):
     heard = Heard()
-    recipe = recipe_for(llama, text_file, *PASSES, Halve(), Count())
+    recipe = recipe_for(llama, text_file, *PASSES, Halve(), Archive())
     report = compress(recipe, tmp_path / "out", hooks=[heard])
     assert heard.events == [
         ("before", "osscar", 6),
@@ -280,60 +249,20 @@ def test_passes_from_folder_to_folder_follow_in_order(llama, text_file, tmp_path
         ("after", "depth", Stage.PRUNE),
         ("before", "halve", None),
         ("after", "halve", Stage.QUANTIZE),
-        ("before", "count", None),
-        ("after", "count", Stage.EXPORT),
+        ("before", "archive", None),
+        ("after", "archive", Stage.EXPORT),
     ]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype == torch.bfloat16
-    assert (tmp_path / "out" / "count" / "count.txt").read_text() == f"{model.num_parameters()} torch.bfloat16"
-    assert report_of(tmp_path / "out")["passes"][2]["decisions"] == [{"layers": 4, "windows": 8}]
+    assert load_model(tmp_path / "out" / "archive").dtype == torch.float32
+    assert report_of(tmp_path / "out")["passes"][2]["decisions"] == [
+        {"layers": 4, "windows": 8, "process": os.getpid()}
+    ]
     assert report.parameters.after == model.num_parameters()
     tokenizer = AutoTokenizer.from_pretrained(llama)
     _, windows = draw(recipe.calibration, recipe.evaluation, tokenizer, plugins.sources, seed=0, limit=128)
     assert report.perplexity.after.value == pytest.approx(independent_perplexity(tmp_path / "out", windows), rel=1e-3)
     assert names(tmp_path) == ["out"]
-
-
-def test_two_exports_of_one_recipe_do_not_collide_or_are_refused(llama, text_file, tmp_path):
-    try:
-        compress(recipe_for(llama, text_file, *PASSES, Count(), Count()), tmp_path / "out")
-    except OptimumPruneError:
-        assert names(tmp_path) == []
-
-
-def test_a_model_can_be_exported_without_being_pruned(llama, text_file, tmp_path):
-    compress(recipe_for(llama, text_file, Count()), tmp_path / "out")
-    windows = tiny.windows(2)
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(conformance.logits(found, windows), conformance.logits(tiny.model("llama"), windows))
-
-
-class Veto:
-    def __init__(self, error):
-        self.error = error
-
-    @hookimpl
-    def before_pass(self, step, model):
-        if step.name == "depth":
-            raise self.error
-
-
-@pytest.mark.parametrize(
-    "error", [OptimumPruneError("no"), ValueError("no"), KeyboardInterrupt()], ids=lambda error: type(error).__name__
-)
-def test_a_veto_leaves_no_folder(error, recipe, tmp_path):
-    with pytest.raises(type(error)):
-        compress(recipe, tmp_path / "out", hooks=[Veto(error)])
-    assert names(tmp_path) == []
-
-
-def test_a_pass_that_breaks_leaves_no_folder_and_keeps_what_was_to_be_replaced(llama, text_file, tmp_path, done):
-    shutil.copytree(done[0], tmp_path / "out")
-    before = digests(tmp_path / "out")
-    with pytest.raises(RuntimeError, match="the exporter broke"):
-        compress(recipe_for(llama, text_file, *PASSES, Count(fail=True)), tmp_path / "out", overwrite=True)
-    assert names(tmp_path) == ["out"]
-    assert digests(tmp_path / "out") == before
 
 
 def test_an_output_is_replaced_as_a_whole(recipe, tmp_path, done):
@@ -460,7 +389,7 @@ class TestPruner:
 
 
 def test_perplexity_of_unpruned_and_reloaded_models_agree_when_nothing_changes(llama, text_file, tmp_path):
-    report = compress(recipe_for(llama, text_file, Count()), tmp_path / "out")
+    report = compress(recipe_for(llama, text_file, Archive()), tmp_path / "out")
     assert_close(report.perplexity.before.value, report.perplexity.after.value, rtol=1e-12, atol=0)
 
 

@@ -25,8 +25,9 @@ class Pack(FolderPass):
     stage: ClassVar[Stage] = Stage.QUANTIZE
     bits: int = option("Bits.", 8)
 
-    def convert(self, source, target, calibration, progress):
-        return {}
+    def check(self, prospect): ...
+    def convert(self, job): ...
+    def open(self, folder, device): ...
 
 @hookimpl
 def passes():

@@ -16,10 +16,14 @@ class Quantize(FolderPass):
 
     name: ClassVar[str] = "quantize-me"
     stage: ClassVar[Stage] = Stage.QUANTIZE
+    takes_quantized: ClassVar[bool] = True
     bits: int = option("Bits.", 8)
 
-    def convert(self, source, target, calibration, progress):
-        return {}
+    def check(self, prospect): ...
+
+    def convert(self, job): ...
+
+    def open(self, folder, device): ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,10 +32,13 @@ class Export(FolderPass):
 
     name: ClassVar[str] = "export-me"
     stage: ClassVar[Stage] = Stage.EXPORT
-    requires: ClassVar[tuple[str, ...]] = ("json", "no_such_module_anywhere")
+    requires: ClassVar[dict[str, str]] = {"json": "json", "no_such_module_anywhere": "no-such-module>=2"}
 
-    def convert(self, source, target, calibration, progress):
-        return {}
+    def check(self, prospect): ...
+
+    def convert(self, job): ...
+
+    def open(self, folder, device): ...
 
 
 WHOLE = """
@@ -178,7 +185,7 @@ def test_stages_only_go_forward(wrong):
 
 def test_a_pass_whose_libraries_are_missing_is_refused():
     with pytest.raises(
-        RecipeError, match=r"'export-me' needs no_such_module_anywhere, .*pip install no_such_module_anywhere"
+        RecipeError, match=r"'export-me' needs no_such_module_anywhere, .*pip install 'no-such-module>=2'"
     ):
         Recipe(passes=(Export(),))
     assert Export.missing() == ("no_such_module_anywhere",)

@@ -10,12 +10,22 @@ from optimum_prune import checkpoint
 from optimum_prune.anatomy import find_family, parameters
 from optimum_prune.calibration import Text, evaluation_windows
 from optimum_prune.cli.flags import CALIBRATION, SETTINGS, given, overridden
-from optimum_prune.compress import compress, device_of, foresee, length_limit, meta_model, open_model, open_subject
+from optimum_prune.compress import (
+    check_conversions,
+    compress,
+    device_of,
+    foresee,
+    length_limit,
+    meta_model,
+    open_model,
+    open_subject,
+)
 from optimum_prune.errors import RecipeError
 from optimum_prune.evaluation import perplexity
 from optimum_prune.options import build, options_of
 from optimum_prune.plugins import Plugins
 from optimum_prune.progress import Progress
+from optimum_prune.prospect import Prospect
 from optimum_prune.recipe import Recipe, Settings
 from optimum_prune.report import aligned, describe
 
@@ -35,7 +45,11 @@ def run(arguments: argparse.Namespace, plugins: Plugins) -> None:
 def _compress(recipe: Recipe, arguments: argparse.Namespace) -> None:
     progress = Progress.for_terminal(arguments.quiet)
     report = compress(
-        overridden(recipe, arguments), arguments.output, overwrite=arguments.overwrite, progress=progress
+        overridden(recipe, arguments),
+        arguments.output,
+        overwrite=arguments.overwrite,
+        resume=arguments.resume,
+        progress=progress,
     )
     if not arguments.quiet:
         print(report.table())
@@ -50,6 +64,7 @@ def plan(arguments: argparse.Namespace, plugins: Plugins) -> None:
     rows = [("", "stage", "layers", "heads", "FFN width", "parameters", "weights")]
     shape = family.shape(meta_model(opened.config, recipe.settings.trust_remote_code))
     shapes = foresee(recipe.passes, shape)
+    check_conversions(recipe.passes, Prospect(opened.config, family, shapes[-1]))
     itemsize = checkpoint.item_size(opened.config, recipe.settings.dtype)
     for name, stage, shape in zip(
         ["as it is", *(step.name for step in recipe.passes)],

@@ -22,12 +22,17 @@ SETTINGS = [field.name for field in dataclasses.fields(Settings)]
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """`--output` and `--overwrite`."""
+    """`--output`, `--overwrite` and `--resume`."""
     group = parser.add_argument_group("output")
     group.add_argument(
         "--output", required=True, metavar="FOLDER", help="Folder for the compressed model and its report."
     )
     group.add_argument("--overwrite", action="store_true", help="Replace the output folder if it exists.")
+    group.add_argument(
+        "--resume",
+        action="store_true",
+        help="Insist on going on where a run that ended early stopped. (Without it, that happens if model, text and passes are the same.)",
+    )
 
 
 def add_common(parser: argparse.ArgumentParser, model_required: bool = False) -> None:

@@ -37,8 +37,8 @@ def main(arguments: Sequence[str], program: str = "optimum-cli") -> int:
     except OptimumPruneError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted; nothing was written.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"{program}: interrupted; {error or 'nothing was written.'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
