@@ -168,13 +168,14 @@ def _bring_code(kind: type[FolderPass], folder: Path) -> None:
 
     top = kind.__module__.partition(".")[0]
     module = sys.modules[top]
-    if module.__file__ is None or top == "__main__":
+    file = getattr(module, "__file__", None)
+    if file is None or top == "__main__":
         raise RecipeError(
             f"The pass '{kind.name}' is defined in {top}, which another interpreter cannot import. Move it into a module of its own."
         )
     _copy_module(Path(__file__).parent, folder)
     if top != "optimum_prune":
-        _copy_module(Path(module.__file__).parent if hasattr(module, "__path__") else Path(module.__file__), folder)
+        _copy_module(Path(file).parent if hasattr(module, "__path__") else Path(file), folder)
     _copy_module(Path(pluggy.__file__).parent, folder.parent / "fallback")
 
 

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import entry_points, version
+from importlib.metadata import entry_points, metadata, version
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +53,13 @@ class Plugins:
         """The pass of a name.
 
         Raises:
-            PluginError: no such pass; the nearest name and all names are in the message.
+            PluginError: no such pass; the message has the extra that brings it, or the nearest name and all names.
         """
         if name not in self.passes:
+            if name in (metadata(BUILT_IN).get_all("Provides-Extra") or ()):
+                raise PluginError(
+                    f"The pass '{name}' comes with a plugin that is not installed. Run: pip install '{BUILT_IN}[{name}]'"
+                )
             raise PluginError(unknown("pass", name, self.passes, "Installed"))
         return self.passes[name]
 

@@ -73,7 +73,9 @@ class Prospect:
             if width % size == 0:
                 continue
             possible = [
-                str(group) for group in (256, 128, 64, 32, 16, 8) if all(w % group == 0 for w in self.widths().values())
+                str(group)
+                for group in (256, 128, 64, 32, 16, 8)
+                if all(w % group == 0 for w in self.widths().values())
             ]
             remedy = (
                 f"give {of} a group_size of {', '.join(possible)}" if possible else f"give {of} groups of another size"

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum_prune.calibration import Calibration, Text
-from optimum_prune.compress import Subject, Texts, compress, open_subject
+from optimum_prune.compress import compress
 from optimum_prune.errors import RecipeError
 from optimum_prune.passes import Pass
 from optimum_prune.progress import Progress
 from optimum_prune.recipe import DType, Recipe, Settings
+from optimum_prune.run import Texts
+from optimum_prune.subject import Subject, open_subject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

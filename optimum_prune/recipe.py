@@ -113,7 +113,7 @@ class Recipe:
         if not isinstance(steps, Sequence) or isinstance(steps, str):
             raise RecipeError("The recipe needs a list of 'passes', such as `- depth: {layers: 2}`.")
         return cls(
-            passes=tuple(_pass(step, plugins) for step in steps),
+            passes=tuple(pass_from(step, plugins) for step in steps),
             calibration=build(Text, plain.get("calibration"), "calibration"),
             evaluation=build(Text, plain.get("evaluation"), "evaluation"),
             settings=build(Settings, {key: plain[key] for key in names if key in plain}, "the recipe"),
@@ -133,7 +133,7 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def _pass(step: object, plugins: Plugins) -> Pass:
+def pass_from(step: object, plugins: Plugins) -> Pass:
     """The pass that one entry of the list names: `name`, or `name: {options}`."""
     if isinstance(step, str):
         step = {step: {}}

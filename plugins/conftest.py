@@ -17,11 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_prune import Cuts, Decision, Job, Progress, checkpoint, load_model, surgery
 from optimum_prune.anatomy import find_family
-from optimum_prune.compress import meta_model
 from optimum_prune.conversion import carry_out
 from optimum_prune.plugins import load
 from optimum_prune.prospect import Prospect
 from optimum_prune.runtime import Expected, TransformersRuntime
+from optimum_prune.subject import meta_model
 
 torch.set_num_threads(1)
 

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from optimum_prune import Calibration, Cuts, Decision, Family, Outcome, Progress, PrunePass, checkpoint, surgery
-from optimum_prune.compress import prune
 from optimum_prune.plugins import Plugins
+from optimum_prune.run import prune
 
 
 @torch.no_grad()

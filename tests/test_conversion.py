@@ -109,10 +109,13 @@ class TestWhatCannotBeDone:
 
     def test_groups_that_do_not_divide_the_pruned_width(self, recipe, tmp_path):
         steps = Osscar(ratio=0.25, multiple_of=20), Halve(group_size=16)
-        with pytest.raises(RecipeError, match=r"'halve' has groups of 16 .* FFN width .* multiple_of: 16`, or give halve a group_size of 8"):
+        with pytest.raises(
+            RecipeError,
+            match=r"'halve' has groups of 16 .* FFN width .*multiple_of: 16`, or give .* of 8\.",
+        ):
             compress(recipe(*steps), tmp_path / "out")
         steps = Osscar(ratio=0.25, allocation="global", multiple_of=4), Halve(group_size=16)
-        with pytest.raises(RecipeError, match=r"will be 4, .* multiple_of: 16"):
+        with pytest.raises(RecipeError, match=r"will be 4, .*multiple_of: 16"):
             compress(recipe(*steps), tmp_path / "out")
         with pytest.raises(RecipeError, match=r"hidden size of the model will be 32"):
             compress(recipe(Halve(group_size=24)), tmp_path / "out")

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from optimum_prune import Cuts, Depth, Osscar, Progress, checkpoint
 from optimum_prune.anatomy import find_family, parameters
-from optimum_prune.compress import meta_model
+from optimum_prune.subject import meta_model
 
 ODD = {
     "channels": Osscar(ratio=0.5, protect=(0, 3)),

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 from optimum_prune import Cuts, Decision, Family, FeedForward, LayerShape, Shape, surgery
 from optimum_prune.anatomy import find_family, parameters
-from optimum_prune.compress import meta_model
 from optimum_prune.errors import FamilyError, SurgeryError
+from optimum_prune.subject import meta_model
 
 LLAMA = Family(name="llama", model_types=("llama",))
 every_family = pytest.mark.parametrize("name", tiny.FAMILIES)

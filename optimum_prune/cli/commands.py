@@ -5,29 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from optimum_prune import checkpoint
 from optimum_prune.anatomy import find_family, parameters
+from optimum_prune.artefact import counts_of, writer_of
 from optimum_prune.calibration import Text, evaluation_windows
 from optimum_prune.cli.flags import CALIBRATION, SETTINGS, given, overridden
-from optimum_prune.compress import (
-    check_conversions,
-    compress,
-    device_of,
-    foresee,
-    length_limit,
-    meta_model,
-    open_model,
-    open_subject,
-)
+from optimum_prune.compress import check_conversions, compress, foresee
+from optimum_prune.conversion import folder_bytes
 from optimum_prune.errors import RecipeError
-from optimum_prune.evaluation import perplexity
+from optimum_prune.evaluation import perplexity, perplexity_of_runtime
 from optimum_prune.options import build, options_of
 from optimum_prune.plugins import Plugins
 from optimum_prune.progress import Progress
 from optimum_prune.prospect import Prospect
 from optimum_prune.recipe import Recipe, Settings
 from optimum_prune.report import aligned, describe
+from optimum_prune.subject import device_of, length_limit, meta_model, open_model, open_subject
 
 
 def prune(arguments: argparse.Namespace, plugins: Plugins) -> None:
@@ -100,9 +95,15 @@ def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:
         windows = evaluation_windows(
             text, subject.tokenizer, plugins.sources, length_limit(subject.config.get_text_config())
         )
-    model = subject.load()
-    measured = perplexity(model, windows, progress)
-    count = parameters(model)
+    folder = Path(subject.name).expanduser()
+    writer = writer_of(folder, plugins) if folder.is_dir() else None
+    if writer is not None:
+        measured = perplexity_of_runtime(writer.open(folder, device_of(settings)), windows, progress)
+        count, size = counts_of(folder), folder_bytes(folder)
+    else:
+        model = subject.load()
+        measured = perplexity(model, windows, progress)
+        count, size = parameters(model), checkpoint.stored_bytes(subject.name, model)
     if arguments.json:
         result = {
             "model": subject.name,
@@ -111,7 +112,7 @@ def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:
             "tokens_per_second": measured.tokens_per_second,
             "parameters": count["total"],
             "non_embedding_parameters": count["non_embedding"],
-            "bytes": checkpoint.stored_bytes(subject.name, model),
+            "bytes": size,
             "device": device_of(settings),
         }
         json.dump(result, sys.stdout, indent=2)

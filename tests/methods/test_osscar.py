@@ -13,10 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_prune import Cuts, Decision, LayerShape, Osscar, Progress, Shape, compress, surgery
 from optimum_prune.anatomy import find_family, parameters
-from optimum_prune.compress import Subject, Texts
 from optimum_prune.elimination import damped, eliminate, eliminate_groups
 from optimum_prune.errors import NumericalError, OptimumPruneError, RecipeError
 from optimum_prune.recipe import Recipe
+from optimum_prune.run import Texts
+from optimum_prune.subject import Subject
 
 # Options, and the shape they lead to
 
