@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import metadata
 from pathlib import Path
 
 from optimum_prune.options import options_of
 from optimum_prune.plugins import BUILT_IN, Plugins, load
 
 
-def passes_table(plugins: Plugins) -> str:
-    """The built-in passes as a Markdown table."""
+NO_PLUGINS = ("demo", "test", "lint")
+"""Extras that bring no pass."""
+
+
+def passes_table(plugins: Plugins, extras: bool = False) -> str:
+    """The built-in passes as a Markdown table, or those that the extras bring."""
     rows = ["| pass | stage | what it does | options |", "|---|---|---|---|"]
     for name, step in sorted(plugins.passes.items(), key=lambda item: (item[1].stage, item[0])):
-        if plugins.providers[name].distribution == BUILT_IN:
+        if plugins.providers[name].distribution == (f"{BUILT_IN}-{name}" if extras else BUILT_IN):
             options = ", ".join(f"`{option}`" for option in options_of(step))
             rows.append(f"| `{name}` | {step.stage.name} | {step.summary()} | {options} |")
     return "\n".join(rows)
+
+
+def extras_missing(plugins: Plugins) -> list[str]:
+    """The extras whose plugins are not installed."""
+    extras = metadata(BUILT_IN).get_all("Provides-Extra") or []
+    return [extra for extra in extras if extra not in (*NO_PLUGINS, *plugins.passes)]
 
 
 def families_table(plugins: Plugins) -> str:
@@ -35,6 +46,8 @@ def filled_in(readme: str, plugins: Plugins, own_method: str) -> str:
         "families": families_table(plugins),
         "own-method": f"```python\n{own_method.rstrip()}\n```",
     }
+    if extras_missing(plugins) == []:
+        parts["plugin-passes"] = passes_table(plugins, extras=True)
     for name, text in parts.items():
         before, begin, rest = readme.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")
