@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from optimum_prune import FolderPass, Job, Prospect, Runtime, Stage, hookimpl, load_model, open_in_transformers, option
+from optimum_prune.checkpoint import add_older_fields
 from optimum_prune.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-BITS = (2, 3, 4, 8)
-GROUPS = (-1, 16, 32, 64, 128, 256, 512, 1024)
+TOLERANCES = {2: 1.2, 3: 0.9, 4: 0.6, 8: 0.2}
+BITS = tuple(TOLERANCES)
+GROUPS = (-1, 32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +40,21 @@ class Gptq(FolderPass):
     stage = Stage.QUANTIZE
     requires: ClassVar[Mapping[str, str]] = {"gptqmodel": "gptqmodel>=7.2"}
     takes_odd: ClassVar[bool] = True
-    usual_tolerance: ClassVar[float] = 0.6
+    takes_experts: ClassVar[bool] = False
     bits: int = option("Bits of a weight: 2, 3, 4 or 8.", 4)
     group_size: int = option("Input channels that share a scale; -1 means all of them.", 64)
     sym: bool = option("Whether the range of a group is symmetric about zero; older runtimes read no other.", True)
-    desc_act: bool = option("Round the channels with the largest activations first; some runtimes are slower with it.", False)
+    desc_act: bool = option(
+        "Round the channels with the largest activations first; some runtimes are slower with it.", False
+    )
     act_group_aware: bool = option("Do so group by group, which no runtime notices; not with desc_act.", True)
     damp_percent: float = option("Damping of the second moments, relative to their mean diagonal.", 0.1)
-    mse: float = option("Shrink ranges to where the error to this power is least, such as 2.4; 0 takes them whole.", 0.0)
-    true_sequential: bool = option("Quantize each linear layer on inputs that the quantized ones before it give.", True)
+    mse: float = option(
+        "Shrink ranges to where the error to this power is least, such as 2.4; 0 takes them whole.", 0.0
+    )
+    true_sequential: bool = option(
+        "Quantize each linear layer on inputs that the quantized ones before it give.", True
+    )
 
     def __post_init__(self) -> None:
         """Refuses what gptqmodel cannot pack."""
@@ -57,13 +65,33 @@ class Gptq(FolderPass):
                 f"gptq has a group_size of {self.group_size}, for which there is no kernel. Give {', '.join(map(str, GROUPS))}."
             )
         if not 0 < self.damp_percent < 1:
-            raise RecipeError(f"gptq has a damp_percent of {self.damp_percent}. Give a number between 0 and 1, such as 0.1.")
+            raise RecipeError(
+                f"gptq has a damp_percent of {self.damp_percent}. Give a number between 0 and 1, such as 0.1."
+            )
         if self.mse < 0:
             raise RecipeError(f"gptq has mse {self.mse}. Give a power such as 2.4, or 0 to leave it out.")
 
+    @property
+    def usual_tolerance(self) -> float:
+        """By the bits."""
+        return TOLERANCES[self.bits]
+
     def check(self, prospect: Prospect) -> None:
-        """Groups must divide the widths."""
+        """Groups must divide the widths, and what is packed together, 32 channels, the widths and the keys."""
+        if prospect.config.model_type == "gpt2":
+            raise RecipeError(
+                "'gptq' was asked to quantize GPT-2, whose linear layers cannot be read again. Leave it out."
+            )
         prospect.check_groups(self.group_size, self.name)
+        config, layer = prospect.text_config, prospect.shape.layers[0]
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = layer.heads or getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        for what, width in {**prospect.widths(), "width of keys": heads * size}.items():
+            if width % 32:
+                raise RecipeError(
+                    f"'gptq' packs 32 channels together, and the {what} of the model will be {width}, which is no multiple of that. "
+                    f"Prune to multiples of 32, or leave 'gptq' out."
+                )
 
     def convert(self, job: Job) -> Mapping[str, Any]:
         """Quantizes the model in place, one decoder layer after the other."""
@@ -75,11 +103,14 @@ class Gptq(FolderPass):
             with _bars(job.progress.visible):
                 quantizer.quantize_model(model)
             quantizer.dataset = None  # it would be written into the config
-            format = "gptq" if self.sym else "gptq_v2"  # what `save` makes of the weights, but does not say in the config
+            format = (
+                "gptq" if self.sym else "gptq_v2"
+            )  # what `save` makes of the weights, but does not say in the config
             model.config.quantization_config = {**quantizer.to_dict(), "format": format}
             quantizer.save(model, str(job.target))
             tokenizer = AutoTokenizer.from_pretrained(job.source, trust_remote_code=job.trust_remote_code)
             tokenizer.save_pretrained(job.target)
+        add_older_fields(job.target)
         return {"windows": len(job.calibration.tokens), "tokens": int(job.calibration.mask.sum())}
 
     def _quantizer(self, model: PreTrainedModel, job: Job) -> Any:
@@ -88,11 +119,14 @@ class Gptq(FolderPass):
         types = getattr(model.config.get_text_config(), "layer_types", None) or ["attention"]
         quantizer = GPTQQuantizer(
             bits=self.bits,
-            dataset=[_example(tokens[mask]) for tokens, mask in zip(job.calibration.tokens, job.calibration.mask, strict=True)],
+            dataset=[
+                _example(tokens[mask])
+                for tokens, mask in zip(job.calibration.tokens, job.calibration.mask, strict=True)
+            ],
             group_size=self.group_size,
             damp_percent=self.damp_percent,
             desc_act=self.desc_act,
-            act_group_aware=self.act_group_aware and not self.desc_act,
+            act_group_aware=self.act_group_aware and not self.desc_act and self.group_size > 0,
             sym=self.sym,
             true_sequential=self.true_sequential,
             # Otherwise every layer would get the attention mask and the rotary embedding of the first.
