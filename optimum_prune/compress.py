@@ -110,6 +110,11 @@ def check_conversions(steps: Sequence[Pass], prospect: Prospect) -> None:
                 f"layer alike (osscar without `allocation: global` and `protect`; depth; block-pruner with `stock: true`), or leave "
                 f"'{step.name}' out."
             )
+        if not step.takes_experts and any(layer.expert_width for layer in prospect.shape.layers):
+            raise RecipeError(
+                f"'{step.name}' would leave the experts of this mixture as they are, and so most of its weights: it knows linear layers only. "
+                f"Leave '{step.name}' out."
+            )
         step.check(prospect)
 
 

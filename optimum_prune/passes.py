@@ -124,10 +124,12 @@ class FolderPass(Pass):
 
     takes_odd: ClassVar[bool] = False
     """Whether it can read a checkpoint whose layers differ in shape or lack a block."""
+    takes_experts: ClassVar[bool] = True
+    """Whether it converts the experts of a mixture too, whose weights transformers keep in one tensor."""
     takes_quantized: ClassVar[bool] = False
     """Whether it can read what a QUANTIZE pass wrote."""
     usual_tolerance: ClassVar[float]
-    """The tolerance if none is given: about twice what the worst of its settings does to a real model."""
+    """The tolerance if none is given: about twice what it does to a real model. A property, where that depends on the options."""
 
     python: str | None = option("Interpreter that runs this pass, if its libraries need another environment.", None)
     tolerance: float | None = option(
