@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -36,19 +36,22 @@ class LlmCompressor(FolderPass):
     name: ClassVar[str] = "llm-compressor"
     stage: ClassVar[Stage] = Stage.QUANTIZE
     requires: ClassVar[Mapping[str, str]] = {"llmcompressor": "llmcompressor>=0.14"}
-    usual_tolerance: ClassVar[float] = 0.5
+    takes_odd: ClassVar[bool] = True
+    takes_experts: ClassVar[bool] = False
 
     scheme: Literal["W3A16", "W4A16", "W4A8", "W8A16", "W8A8", "FP8_DYNAMIC"] = option(
         "Bits of weights (W) and activations (A), as compressed-tensors names them.", "W4A16"
     )
     algorithm: Literal["gptq", "round-to-nearest"] = option(
-        "gptq mends each rounding in the weights that are yet to be rounded, by the text; round-to-nearest needs none.", "gptq"
+        "gptq mends each rounding in the weights that are yet to be rounded, by the text; round-to-nearest needs none.",
+        "gptq",
     )
     group_size: int | None = option(
         "Weights that share a scale; -1 for one scale for each row. (64 if not given, in schemes with groups.)", None
     )
-    symmetric: bool = option("Whether weights have no zero point.", True)
-    ignore: tuple[str, ...] = option("Linear modules to leave as they are, by name, class, or 're:' and a pattern.", ("lm_head",))
+    ignore: tuple[str, ...] = option(
+        "Linear modules to leave as they are, by name, class, or 're:' and a pattern.", ("lm_head",)
+    )
     dampening_frac: float = option("gptq: what is added to the Hessian's diagonal, as a fraction of its mean.", 0.01)
     actorder: Literal["static", "none"] = option(
         "gptq: static rounds the columns with the largest activations first; the format stays the same.", "static"
@@ -70,6 +73,11 @@ class LlmCompressor(FolderPass):
             raise RecipeError(
                 f"'{self.name}' is given a dampening_frac of {self.dampening_frac}. Give a number between 0 and 1, such as 0.01."
             )
+
+    @property
+    def usual_tolerance(self) -> float:
+        """By the bits of a weight."""
+        return {"W3": 1.0, "W4": 0.7}.get(self.scheme[:2], 0.25)
 
     @property
     def weights_of_group(self) -> int:
@@ -126,10 +134,12 @@ class LlmCompressor(FolderPass):
         changes = {
             "group_size": self.weights_of_group if grouped else None,
             "strategy": "group" if grouped else "channel",
-            "symmetric": self.symmetric,
         }
         weights = type(scheme.weights)(**{**scheme.weights.model_dump(), **changes})
-        common = {"config_groups": {"group_0": scheme.model_copy(update={"weights": weights})}, "ignore": list(self.ignore)}
+        common = {
+            "config_groups": {"group_0": scheme.model_copy(update={"weights": weights})},
+            "ignore": list(self.ignore),
+        }
         if self.algorithm == "round-to-nearest":
             return QuantizationModifier(**common)
         actorder = None if self.actorder == "none" else self.actorder
@@ -150,9 +160,9 @@ def _windows(calibration: Calibration) -> Iterator[dict[str, Tensor]]:
 @contextmanager
 def _quietly(progress: Progress) -> Iterator[None]:
     """Stops the log that llm-compressor prints, and its bars unless somebody watches."""
-    import llmcompressor  # noqa: F401  # which starts its log
-    from loguru import logger
-
+    with redirect_stdout(io.StringIO()):  # it already logs when it is imported
+        from llmcompressor.logger import configure_logger, logger
+    configure_logger()
     libraries = ("llmcompressor", "compressed_tensors")
     for library in libraries:
         logger.disable(library)

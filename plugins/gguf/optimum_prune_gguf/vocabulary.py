@@ -8,11 +8,11 @@ with which llama.cpp finds the very tokens that the tokenizer itself finds is ta
 from __future__ import annotations
 
 import json
-import logging
+import os
 import tempfile
 import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,9 +24,43 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPLITTERS = (
-    *("smollm", "qwen2", "gpt-2", "llama-bpe", "starcoder", "tekken", "gpt-4o", "deepseek-v3", "deepseek-llm", "deepseek-coder"),
-    *("default", "falcon", "stablelm2", "dbrx", "qwen35", "command-r", "bloom", "poro-chat", "viking", "exaone", "exaone-moe"),
-    *("glm4", "chatglm-bpe", "superbpe", "bailingmoe", "seed-coder", "hunyuan", "kimi-k2", "jais", "chameleon", "trillion"),
+    *(
+        "smollm",
+        "qwen2",
+        "gpt-2",
+        "llama-bpe",
+        "starcoder",
+        "tekken",
+        "gpt-4o",
+        "deepseek-v3",
+        "deepseek-llm",
+        "deepseek-coder",
+    ),
+    *(
+        "default",
+        "falcon",
+        "stablelm2",
+        "dbrx",
+        "qwen35",
+        "command-r",
+        "bloom",
+        "poro-chat",
+        "viking",
+        "exaone",
+        "exaone-moe",
+    ),
+    *(
+        "glm4",
+        "chatglm-bpe",
+        "superbpe",
+        "bailingmoe",
+        "seed-coder",
+        "hunyuan",
+        "kimi-k2",
+        "jais",
+        "chameleon",
+        "trillion",
+    ),
 )
 """What llama.cpp calls its ways to split text before byte-level merges. The more finely splitting ones come first."""
 PROBES = (
@@ -58,14 +92,17 @@ class Vocabulary:
     """Of the special tokens, such as "bos"."""
     adds: dict[str, bool]
     """Whether `bos` and `eos` are put around a text."""
+    strips: bool
+    """Whether some special tokens take the space behind them."""
     template: str | None
     splitter: str = "default"
     space_in_front: bool = False
+    name: str = "model"
+    """What the file calls the model: if that is "phi-3", llama.cpp drops the space behind special tokens."""
 
     def write(self, writer: GGUFWriter) -> None:
         """Adds its fields to a file."""
         writer.add_tokenizer_model(self.kind)
-        writer.add_tokenizer_pre(self.splitter)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
         if self.merges:
@@ -76,25 +113,36 @@ class Vocabulary:
             getattr(writer, f"add_{role}_token_id")(index)
         writer.add_add_bos_token(self.adds["bos"])
         writer.add_add_eos_token(self.adds["eos"])
-        writer.add_add_space_prefix(self.space_in_front)
         if self.template:
             writer.add_chat_template(self.template)
+        for key, value in self.reading().items():
+            (writer.add_bool if isinstance(value, bool) else writer.add_string)(key, value)
+
+    def reading(self) -> dict[str, Any]:
+        """The fields by which llama.cpp decides how to split text."""
+        return {
+            "general.name": self.name,
+            "tokenizer.ggml.pre": self.splitter,
+            "tokenizer.ggml.add_space_prefix": self.space_in_front,
+        }
 
     def variants(self) -> Iterator[Vocabulary]:
         """The ways in which llama.cpp might read it, the likely ones first."""
-        if self.kind == "gpt2":
-            yield from (replace(self, splitter=name) for name in SPLITTERS)
-        else:
-            yield from (replace(self, space_in_front=space) for space in (True, False))
+        for name in ("model", "phi-3"):
+            if self.kind == "gpt2":
+                yield from (replace(self, splitter=splitter, name=name) for splitter in SPLITTERS)
+            else:
+                yield from (replace(self, space_in_front=space, name=name) for space in (True, False))
+            if not self.strips:
+                return
 
 
-def find_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, texts: Sequence[str], name: str) -> tuple[Vocabulary, int]:
+def find_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, texts: Sequence[str]) -> tuple[Vocabulary, int]:
     """The vocabulary with which llama.cpp finds the tokenizer's own tokens, and on how many texts that was seen.
 
     Args:
         size: rows of the model's embedding.
         texts: to try it on, beyond those that are hard.
-        name: what the file calls the model; llama.cpp knows some tokenizers by it.
 
     Raises:
         RecipeError: the tokenizer is of a kind that llama.cpp lacks, or every way to read it finds other tokens.
@@ -103,9 +151,10 @@ def find_vocabulary(tokenizer: PreTrainedTokenizerBase, size: int, texts: Sequen
     probes = [unicodedata.normalize("NFC", text) for text in (*PROBES, *_with_special(tokenizer), *texts)]
     wanted = [list(tokenizer(text, verbose=False)["input_ids"]) for text in probes]
     closest: tuple[int, str, str] = (-1, "", "")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        file = _write_alone(plain, Path(folder) / "vocabulary.gguf")
         for variant in plain.variants():
-            found = _tokenize(_write_alone(variant, name, Path(folder) / "vocabulary.gguf"), probes)
+            found = _tokenize(file, variant, probes)
             wrong = [text for text, ours, theirs in zip(probes, found, wanted, strict=True) if ours != theirs]
             if not wrong:
                 return variant, len(probes)
@@ -121,7 +170,10 @@ def _with_special(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Text with special tokens in it: between words, and as a chat has them."""
     texts = [f"one{token}two" for token in tokenizer.all_special_tokens[:SPECIAL_PROBES]]
     if isinstance(tokenizer.chat_template, str):
-        chat = [{"role": "user", "content": "Who was Ada?"}, {"role": "assistant", "content": "A mathematician.\nSee [1]."}]
+        chat = [
+            {"role": "user", "content": "Who was Ada?"},
+            {"role": "assistant", "content": "A mathematician.\nSee [1]."},
+        ]
         text = tokenizer.apply_chat_template(chat, tokenize=False)
         texts.append(text.removeprefix(tokenizer.bos_token or ""))  # tokenizing puts another in front
     return texts
@@ -156,6 +208,7 @@ def _read(tokenizer: PreTrainedTokenizerBase, size: int) -> Vocabulary:
         scores=() if bytewise else _scores(tokens, pairs),
         ids={role: index for role, index in roles.items() if index is not None},
         adds={"bos": around[0] == roles["bos"], "eos": around[-1] == roles["eos"]},
+        strips=any(token.rstrip for token in tokenizer.added_tokens_decoder.values()),
         template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
     )
 
@@ -192,11 +245,10 @@ def _scores(tokens: Sequence[str], pairs: Sequence[tuple[str, ...]]) -> tuple[fl
 # What llama.cpp makes of it
 
 
-def _write_alone(vocabulary: Vocabulary, name: str, file: Path) -> Path:
+def _write_alone(vocabulary: Vocabulary, file: Path) -> Path:
     from gguf import GGUFWriter
 
     writer = GGUFWriter(file, "llama")
-    writer.add_name(name)
     vocabulary.write(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -204,38 +256,21 @@ def _write_alone(vocabulary: Vocabulary, name: str, file: Path) -> Path:
     return file
 
 
-def _tokenize(file: Path, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens that llama.cpp finds, special ones included; none where it cannot read the file."""
-    import llama_cpp
+def _tokenize(file: Path, vocabulary: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens that llama.cpp finds with a vocabulary's way to split; none where it does not know that way."""
+    from llama_cpp import Llama
 
-    parameters = llama_cpp.llama_model_default_params()
-    parameters.vocab_only = True
-    with quiet():
-        llama_cpp.llama_backend_init()
-        model = llama_cpp.llama_model_load_from_file(str(file).encode(), parameters)
-        if not model:
-            return [[] for _ in texts]
-        vocabulary = llama_cpp.llama_model_get_vocab(model)
-        found = []
-        for text in texts:
-            data = text.encode()
-            room = len(data) + 8
-            buffer = (llama_cpp.llama_token * room)()
-            count = llama_cpp.llama_tokenize(vocabulary, data, len(data), buffer, room, True, True)
-            found.append(list(buffer[:count]))
-        llama_cpp.llama_model_free(model)
+    try:
+        llama = Llama(str(file), vocab_only=True, kv_overrides=vocabulary.reading(), verbose=False)
+    except ValueError:
+        return [[] for _ in texts]
+    found = [llama.tokenize(text.encode(), add_bos=True, special=True) for text in texts]
+    llama.close()
     return found
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps llama.cpp from writing to the terminal."""
-    import llama_cpp  # noqa: F401 - it sets where its log goes
-
-    log = logging.getLogger("llama-cpp-python")
-    before = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    try:
+    """Keeps llama.cpp from writing to the terminal; its binding prints even warnings as errors."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # noqa: PTH123 - no path of a file
         yield
-    finally:
-        log.setLevel(before)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from optimum_prune_gguf_vocabulary import Vocabulary
+    from optimum_prune_gguf.vocabulary import Vocabulary
 
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -112,7 +112,9 @@ def _differences(config: PreTrainedConfig, form: Form) -> list[str]:
         f"the activation '{activation}'": activation != form.activation,
         f"rotary embeddings of the type '{rope['rope_type']}'": rope["rope_type"] not in form.ropes,
         "rotary embeddings of a part of each head": rope.get("partial_rotary_factor", 1.0) != 1.0,
-        "a factor of attention beside its rotary embeddings": any(rope.get(key) for key in ("attention_factor", "mscale")),
+        "a factor of attention beside its rotary embeddings": any(
+            rope.get(key) for key in ("attention_factor", "mscale")
+        ),
         "biases in attention": bias,
         "attention in both directions": bool(getattr(config, "use_bidirectional_attention", None)),
         "an output matrix of its own": form.architecture == "gemma2" and not config.tie_word_embeddings,
@@ -162,7 +164,12 @@ def _split(layer: Mapping[str, Tensor]) -> dict[str, Tensor]:
             parts = tensor.split([len(tensor) - 2 * keys, keys, keys])
             found.update({name.replace("qkv", each): part for each, part in zip("qkv", parts, strict=True)})
         elif "gate_up_proj" in name:
-            found.update({name.replace("gate_up", each): part for each, part in zip(("gate", "up"), tensor.chunk(2), strict=True)})
+            found.update(
+                {
+                    name.replace("gate_up", each): part
+                    for each, part in zip(("gate", "up"), tensor.chunk(2), strict=True)
+                }
+            )
         else:
             found[name] = tensor
     return found
@@ -216,7 +223,7 @@ def head_size(config: PreTrainedConfig) -> int:
 # The file
 
 
-def write(model: PreTrainedModel, form: Form, vocabulary: Vocabulary, dtype: str, name: str, file: Path) -> None:
+def write(model: PreTrainedModel, form: Form, vocabulary: Vocabulary, dtype: str, file: Path) -> None:
     """Writes a file whose matrices are of a dtype, which is f32, f16 or bf16; norms and biases are float32.
 
     Raises:
@@ -224,11 +231,14 @@ def write(model: PreTrainedModel, form: Form, vocabulary: Vocabulary, dtype: str
     """
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-    kinds = {"f32": (torch.float32, "ALL_F32"), "f16": (torch.float16, "MOSTLY_F16"), "bf16": (torch.bfloat16, "MOSTLY_BF16")}
+    kinds = {
+        "f32": (torch.float32, "ALL_F32"),
+        "f16": (torch.float16, "MOSTLY_F16"),
+        "bf16": (torch.bfloat16, "MOSTLY_BF16"),
+    }
     kind, label = kinds[dtype]
     writer = GGUFWriter(file, form.architecture)
     writer.add_type("model")
-    writer.add_name(name)
     writer.add_file_type(LlamaFileType[label])
     writer.add_quantization_version(2)
     _write_sizes(model, form, writer)
@@ -236,7 +246,9 @@ def write(model: PreTrainedModel, form: Form, vocabulary: Vocabulary, dtype: str
     for called, tensor in tensors(model, form):
         stored = kind if tensor.ndim > 1 else torch.float32
         label = dtype.upper() if tensor.ndim > 1 else "F32"
-        writer.add_tensor_info(called, tensor.shape, None, tensor.numel() * stored.itemsize, GGMLQuantizationType[label])
+        writer.add_tensor_info(
+            called, tensor.shape, None, tensor.numel() * stored.itemsize, GGMLQuantizationType[label]
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -244,7 +256,9 @@ def write(model: PreTrainedModel, form: Form, vocabulary: Vocabulary, dtype: str
         stored = tensor.detach().cpu().to(kind if tensor.ndim > 1 else torch.float32).contiguous()
         if dtype == "f16" and not stored.isfinite().all():
             writer.close()
-            raise RecipeError(f"Weights of '{called}' are too large for outtype f16. Give gguf an outtype of bf16 or f32.")
+            raise RecipeError(
+                f"Weights of '{called}' are too large for outtype f16. Give gguf an outtype of bf16 or f32."
+            )
         writer.write_tensor_data(stored.view(torch.uint8).numpy())
     writer.close()
 
@@ -283,7 +297,9 @@ def _write_rope(config: PreTrainedConfig, writer: GGUFWriter) -> None:
     writer.add_rope_scaling_type(RopeScalingType(rope["rope_type"]))
     writer.add_rope_scaling_factor(rope["factor"])
     if rope["rope_type"] == "yarn":
-        writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+        writer.add_rope_scaling_orig_ctx_len(
+            rope.get("original_max_position_embeddings") or config.max_position_embeddings
+        )
         writer.add_rope_scaling_yarn_beta_fast(rope.get("beta_fast") or 32.0)
         writer.add_rope_scaling_yarn_beta_slow(rope.get("beta_slow") or 1.0)
 
@@ -296,6 +312,3 @@ def _write_gemma(config: PreTrainedConfig, writer: GGUFWriter) -> None:
     for name in ("attn", "final"):
         if (cap := getattr(config, f"{name}_logit_softcapping", None)) is not None:
             getattr(writer, f"add_{name}_logit_softcapping")(cap)
-
-
-
