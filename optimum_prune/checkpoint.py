@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from optimum_prune.errors import CheckpointError, FamilyError, OutputError, VerificationError, reason
+from optimum_prune.offload import weight_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from optimum_prune.offload import Store
     from optimum_prune.progress import Progress
 
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -33,6 +36,13 @@ ROUNDING = 4
 """A reloaded model may differ by this many units in the last place of its largest logit; on most machines it does by none."""
 CACHE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.15}
 """How far logits computed with a cache may be from those without, relative to their spread."""
+
+
+OLDER_NAMES = {
+    "gpt_neox": {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
+    "qwen3_moe": {"num_experts": "num_local_experts"},
+}
+"""Fields of a config that transformers 4 knows by other names, by model type: its name, and that of transformers 5."""
 
 
 # Opening: all that can be known without reading a weight
@@ -147,11 +157,14 @@ def _refuse_quantized(config: Mapping[str, Any], model: str) -> None:
 # Loading
 
 
-def load(checkpoint: Checkpoint, dtype: str, device: str, progress: Progress) -> PreTrainedModel:
+def load(
+    checkpoint: Checkpoint, dtype: str, device: str, progress: Progress, store: Store | None = None
+) -> PreTrainedModel:
     """The model of a checkpoint, in evaluation mode.
 
     Args:
         dtype: name of a torch dtype, or "auto" for the checkpoint's own.
+        store: where its weights stay on disk; in memory if not given.
 
     Raises:
         CheckpointError: weights that cannot be read, or are missing.
@@ -159,6 +172,8 @@ def load(checkpoint: Checkpoint, dtype: str, device: str, progress: Progress) ->
     from transformers import AutoModelForCausalLM, GgufConfig
 
     _check_weight_files(checkpoint)
+    if store is not None:
+        return _mapped(Path(checkpoint.source), checkpoint.config, dtype, store, progress)
     arguments = checkpoint.arguments()
     if checkpoint.gguf_file:
         arguments["quantization_config"] = GgufConfig(dequantize=True)
@@ -181,6 +196,35 @@ def load(checkpoint: Checkpoint, dtype: str, device: str, progress: Progress) ->
             f"The checkpoint {checkpoint.name} is incomplete: {problems}. Those weights would be random; fetch it again."
         )
     return (model if packed else model.to(device)).eval()
+
+
+def _mapped(folder: Path, config: PreTrainedConfig, dtype: str, store: Store, progress: Progress) -> PreTrainedModel:
+    """The model of a checkpoint's folder with its weights mapped from its files.
+
+    Raises:
+        CheckpointError: weights that cannot be read, or do not fit the config.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    tensors = {name: tensor for file in weight_files(folder) for name, tensor in store.map(file).items()}
+    chosen = dtype_of(config, dtype)
+    try:
+        with progress.libraries(), torch.device("meta"):
+            kind = type(AutoModelForCausalLM.from_config(config))
+        with progress.libraries():
+            model, info = kind.from_pretrained(
+                None, config=config, state_dict=tensors, dtype=chosen, output_loading_info=True
+            )
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+    except Exception as error:
+        raise CheckpointError(f"The weights of {folder} cannot be read: {reason(error)}") from error
+    if problems := _key_problems(info):
+        raise CheckpointError(f"The checkpoint {folder} does not fit its config: {problems}.")
+    model.name_or_path = str(folder)
+    store.settle(model)  # what is stored in another dtype, or under older names
+    store.attach(model)
+    return model.eval()
 
 
 def load_model(model: str | Path, **arguments: Any) -> PreTrainedModel:
@@ -228,10 +272,15 @@ def _key_problems(info: Mapping[str, Any]) -> str:
     return "; ".join(found)
 
 
+def dtype_of(config: PreTrainedConfig, dtype: str) -> torch.dtype:
+    """A dtype by name, or the checkpoint's own for "auto"."""
+    chosen: torch.dtype | None = config.dtype if dtype == "auto" else getattr(torch, dtype)
+    return chosen or torch.float32
+
+
 def item_size(config: PreTrainedConfig, dtype: str) -> int:
-    """Bytes of a weight in a dtype by name, or in the checkpoint's own for "auto"."""
-    chosen = config.dtype if dtype == "auto" else getattr(torch, dtype)
-    return (chosen or torch.float32).itemsize
+    """Bytes of a weight in such a dtype."""
+    return dtype_of(config, dtype).itemsize
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
@@ -255,14 +304,23 @@ def bytes_on_disk(folder: Path) -> int:
 # Saving
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, progress: Progress) -> None:
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    progress: Progress,
+    store: Store | None = None,
+) -> None:
     """Writes a checkpoint that stock transformers 5 reads, and 4.57 too.
+
+    Args:
+        store: where the weights are, if on disk.
 
     Raises:
         OutputError: it cannot be written, such as on a full disk.
     """
     try:
-        with progress.libraries():
+        with progress.libraries(), nullcontext() if store is None else store.saving():
             model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -286,18 +344,29 @@ def _edit_json(file: Path, edit: Any) -> None:
 
 
 def _with_older_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Adds the rotary fields of transformers 4, which ignores `rope_parameters` and would take a default frequency instead."""
+    """Adds the fields of transformers 4, which ignores `rope_parameters` and would take a default frequency instead."""
     for text in (config, config.get("text_config") or {}):
         rope = text.get("rope_parameters")
-        if not rope:
-            continue
-        plain = rope.get("full_attention", rope)
-        text["rope_theta"] = plain.get("rope_theta")
-        if plain.get("rope_type", "default") != "default":
-            text["rope_scaling"] = {name: value for name, value in plain.items() if name != "rope_theta"}
-        if "sliding_attention" in rope:
-            text["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+        if rope:
+            plain = rope.get("full_attention", rope)
+            text["rope_theta"] = plain.get("rope_theta")
+            if "partial_rotary_factor" in plain:
+                text["partial_rotary_factor"] = plain["partial_rotary_factor"]
+            if plain.get("rope_type", "default") != "default":
+                text["rope_scaling"] = _older_scaling(plain)
+            if "sliding_attention" in rope:
+                text["rope_local_base_freq"] = rope["sliding_attention"].get("rope_theta")
+        for older, name in OLDER_NAMES.get(text.get("model_type", ""), {}).items():
+            if name in text:
+                text[older] = text[name]
     return config
+
+
+def _older_scaling(rope: Mapping[str, Any]) -> dict[str, Any]:
+    if rope["rope_type"] == "longrope":  # Phi-3 wants these and no others
+        return {"type": "longrope", "short_factor": rope["short_factor"], "long_factor": rope["long_factor"]}
+    apart = ("rope_theta", "partial_rotary_factor")
+    return {"type": rope["rope_type"], **{name: value for name, value in rope.items() if name not in apart}}
 
 
 def _with_older_tokenizer_class(config: dict[str, Any]) -> dict[str, Any]:
@@ -350,9 +419,18 @@ def _decode(model: PreTrainedModel, tokens: Tensor, decoded: int) -> Iterator[Te
 
 
 def verify(
-    folder: Path, expected: Probe, dtype: torch.dtype, device: str, trust_remote_code: bool, progress: Progress
+    folder: Path,
+    expected: Probe,
+    dtype: torch.dtype,
+    device: str,
+    trust_remote_code: bool,
+    progress: Progress,
+    store: Store | None = None,
 ) -> tuple[PreTrainedModel, Verification]:
     """Reloads a saved checkpoint with stock transformers and compares its logits with those of the model that was saved.
+
+    Args:
+        store: where its weights stay on disk; in memory if not given.
 
     Returns:
         The reloaded model, and how far it is from the saved one.
@@ -360,6 +438,21 @@ def verify(
     Raises:
         VerificationError: keys that are missing, unexpected or of another shape, or logits that differ.
     """
+    if store is None:
+        model = _reloaded(folder, dtype, trust_remote_code, progress).to(device).eval()
+    else:
+        model = _remapped(folder, dtype, store, progress)
+    found = probe(model, expected.tokens)
+    verification = Verification(
+        max_logit_difference=_difference(found.plain, expected.plain),
+        max_logit_difference_with_cache=_difference(found.cached, expected.cached),
+        cached_against_uncached=((found.cached - found.plain).std() / found.plain.std()).item(),
+    )
+    _judge(verification, expected, dtype)
+    return model, verification
+
+
+def _reloaded(folder: Path, dtype: torch.dtype, trust_remote_code: bool, progress: Progress) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     try:
@@ -369,18 +462,19 @@ def verify(
             )
     except Exception as error:
         raise VerificationError(f"The saved checkpoint cannot be loaded again: {reason(error)}") from error
-    problems = _key_problems(info)
-    if problems:
+    if problems := _key_problems(info):
         raise VerificationError(f"The saved checkpoint does not fit its config: {problems}.")
-    model = model.to(device).eval()
-    found = probe(model, expected.tokens)
-    verification = Verification(
-        max_logit_difference=_difference(found.plain, expected.plain),
-        max_logit_difference_with_cache=_difference(found.cached, expected.cached),
-        cached_against_uncached=((found.cached - found.plain).std() / found.plain.std()).item(),
-    )
-    _judge(verification, expected, dtype)
-    return model, verification
+    found: PreTrainedModel = model
+    return found
+
+
+def _remapped(folder: Path, dtype: torch.dtype, store: Store, progress: Progress) -> PreTrainedModel:
+    from transformers import AutoConfig
+
+    try:
+        return _mapped(folder, AutoConfig.from_pretrained(folder), str(dtype).removeprefix("torch."), store, progress)
+    except CheckpointError as error:
+        raise VerificationError(f"The saved checkpoint cannot be loaded again: {error}") from error
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

@@ -58,20 +58,33 @@ def carry_out(step: FolderPass, job: Job, expected: Expected, evaluation: Calibr
         raise VerificationError(
             f"What the pass '{step.name}' wrote cannot be run: {type(error).__name__}: {reason(error)}"
         ) from error
-    tolerance = step.usual_tolerance if step.tolerance is None else step.tolerance
-    _judge(step.name, comparison, tolerance, runtime.dtype)
+    judge(step, comparison, runtime.dtype)
     return Conversion(
         evidence,
         folder_bytes(job.target),
         comparison,
-        tolerance,
+        tolerance_of(step),
         None if evaluation is None else perplexity_of_runtime(runtime, evaluation, job.progress),
         meter.seconds,
         meter.peak_memory,
     )
 
 
-def _judge(name: str, comparison: Comparison, tolerance: float, dtype: str) -> None:
+def tolerance_of(step: FolderPass) -> float:
+    """How far the logits of what a pass writes may be from those before it, relative to their spread."""
+    return step.usual_tolerance if step.tolerance is None else step.tolerance
+
+
+def judge(step: FolderPass, comparison: Comparison, dtype: str) -> None:
+    """Refuses what is too far from what it was made from.
+
+    Args:
+        dtype: what its runtime computes in.
+
+    Raises:
+        VerificationError: its logits are, or its generation does not follow from them.
+    """
+    name, tolerance = step.name, tolerance_of(step)
     if not comparison.difference <= tolerance:
         raise VerificationError(
             f"The logits of what the pass '{name}' wrote differ from those before it by {comparison.difference:.3g} of their spread, and "

@@ -56,7 +56,7 @@ class Pruner:
         name = model.name_or_path or type(model).__name__
         here = Settings(model=name, seed=seed, device=str(model.device), trust_remote_code=trust_remote_code)
         return cls(
-            Subject(name, name, model.config, tokenizer or _tokenizer(name), lambda: model.eval(), in_memory=True),
+            Subject(name, name, model.config, tokenizer or _tokenizer(name), lambda _: model.eval(), in_memory=True),
             here,
         )
 

@@ -29,6 +29,10 @@ class Settings:
     device: str = option(
         "Where to compute: cpu, cuda, cuda:1, mps, xpu; auto is an accelerator if there is one.", "auto"
     )
+    offload: bool | None = option(
+        "Leave the weights on disk and read one layer at a time; if not given, where they would not fit in memory.",
+        None,
+    )
     trust_remote_code: bool = option("Run modelling code that comes with the checkpoint.", False)
 
 

@@ -235,6 +235,8 @@ def _describe_artefact(artefact: Mapping[str, Any]) -> str:
     )
     if artefact["perplexity"] is not None:
         line += f", perplexity {artefact['perplexity']:,.2f}, {artefact['tokens_per_second']:,.0f} tokens per second"
+    if artefact.get("not_read_here"):
+        line += f"; it cannot be read in this environment ({artefact['not_read_here']})"
     return line
 
 

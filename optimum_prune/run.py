@@ -13,16 +13,17 @@ from optimum_prune import checkpoint, conversion, elsewhere, surgery
 from optimum_prune.anatomy import Family, parameters
 from optimum_prune.calibration import Calibration
 from optimum_prune.cuts import Cuts
-from optimum_prune.errors import SurgeryError
+from optimum_prune.errors import SurgeryError, reason
 from optimum_prune.evaluation import Perplexity, perplexity
 from optimum_prune.measure import Meter
+from optimum_prune.offload import Store
 from optimum_prune.options import as_plain
 from optimum_prune.passes import FolderPass, Job, Outcome, PrunePass, Stage
 from optimum_prune.plugins import Plugins
 from optimum_prune.progress import Progress
 from optimum_prune.recipe import Recipe
 from optimum_prune.report import Change, Report
-from optimum_prune.runtime import Expected, Runtime, open_in_transformers
+from optimum_prune.runtime import Expected, Runtime, compare, open_in_transformers
 from optimum_prune.staging import Staging
 from optimum_prune.subject import Subject, device_of
 from optimum_prune.unfinished import Unfinished
@@ -87,20 +88,22 @@ class Run:
     def pruned(self, subject: Subject, family: Family) -> Report:
         """Loads, measures, prunes and saves the model, reloads it and measures it again. What it loads is gone afterwards."""
         settings, folder = self.recipe.settings, self.staging.result
-        model = subject.load()
+        store = Store(self.staging.root / "offloaded") if subject.offloads else None
+        model = subject.load(store)
         _check_rotary(model, subject.name)
         count, size = parameters(model), checkpoint.weight_bytes(model)
         before = self.perplexity(model)
         outcomes = [
-            prune(step, model, family, self.texts.calibration, self.plugins, self.progress) for step in self.pruning
+            prune(step, model, family, self.texts.calibration, self.plugins, self.progress, store)
+            for step in self.pruning
         ]
-        checkpoint.save(model, subject.tokenizer, folder, self.progress)
+        checkpoint.save(model, subject.tokenizer, folder, self.progress, store)
         for file in subject.companions:
             shutil.copy(file, folder)
         probe, dtype = checkpoint.probe(model, self.texts.calibration.tokens), model.dtype
         del model
         reloaded, verified = checkpoint.verify(
-            folder, probe, dtype, device_of(settings), settings.trust_remote_code, self.progress
+            folder, probe, dtype, device_of(settings), settings.trust_remote_code, self.progress, store
         )
         after, left = self.perplexity(reloaded), parameters(reloaded)
         report = Report(
@@ -165,6 +168,7 @@ class Run:
                 done, versions = conversion.carry_out(*arguments), elsewhere.versions(step)
             else:
                 done, versions = elsewhere.carry_out(interpreter, *arguments, room)
+        not_read = self.read_here(step, target, arguments[2]) if interpreter else None
         if step.stage is Stage.EXPORT:
             place = source / step.name
             shutil.rmtree(place, ignore_errors=True)
@@ -180,6 +184,7 @@ class Run:
             "tokens_per_second": done.perplexity and done.perplexity.tokens_per_second,
             "dtype": done.perplexity and done.perplexity.dtype,
             "interpreter": interpreter,
+            "not_read_here": not_read,
             "versions": versions,
         }
         outcome = Outcome(
@@ -192,6 +197,18 @@ class Run:
             artefact=artefact,
         )
         return outcome, done.perplexity
+
+    def read_here(self, step: FolderPass, target: Path, expected: Expected) -> str | None:
+        """Judges a checkpoint that another environment wrote as this one reads it too; or says why this one does not."""
+        if step.stage is not Stage.QUANTIZE:
+            return None
+        try:
+            with self.progress.libraries():
+                comparison = compare(open_in_transformers(target, device_of(self.recipe.settings)), expected)
+        except Exception as error:  # a library that only the other environment has, or one of another version
+            return f"{type(error).__name__}: {reason(error)}"
+        conversion.judge(step, comparison, "bfloat16")
+        return None
 
 
 class _Expectations:
@@ -245,8 +262,12 @@ def prune(
     calibration: Calibration,
     plugins: Plugins,
     progress: Progress,
+    store: Store | None = None,
 ) -> Outcome:
     """Carries out one pruning pass on a model, in place: each decision is cut before the next is asked for.
+
+    Args:
+        store: where the model's weights are, if on disk.
 
     Raises:
         SurgeryError: the model's shape is not what the pass foresaw.
@@ -258,6 +279,8 @@ def prune(
     with Meter() as meter:
         for decision in step.decide(model, family, calibration, progress):
             surgery.carry_out(model, family, decision)
+            if store is not None:
+                store.settle(model)
             cuts = cuts.merge(decision.cuts)
             evidence.append(decision.evidence)
         surgery.settle(model, family)

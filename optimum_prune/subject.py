@@ -13,11 +13,16 @@ import torch
 from optimum_prune import checkpoint
 from optimum_prune.anatomy import Family, find_family
 from optimum_prune.errors import RecipeError, reason
+from optimum_prune.offload import Store, weight_files
 from optimum_prune.progress import Progress
 from optimum_prune.recipe import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+SHARE_OF_FREE = 0.7
+"""A model larger than this part of the free memory stays on disk, unless it is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,12 @@ class Subject:
     """Its folder, Hub id or file, if it comes from one."""
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase | None
-    load: Callable[[], PreTrainedModel]
+    load: Callable[[Store | None], PreTrainedModel]
+    """Loads it into memory, or maps it if there is a store for weights that stay on disk."""
     companions: tuple[Path, ...] = ()
     """Files that belong beside the weights, whatever is done to them."""
+    offloads: bool = False
+    """Whether its weights are to stay on disk."""
     in_memory: bool = False
     """Whether its weights are the caller's, so that nothing tells whether they were changed."""
 
@@ -54,7 +62,8 @@ def open_subject(
     if families is not None:
         find_family(opened.config, families)
     load = partial(checkpoint.load, opened, settings.dtype, device_of(settings), progress)
-    return Subject(opened.name, opened.source, opened.config, opened.tokenizer(), load, opened.companions())
+    offloads = _offloads(opened, settings)
+    return Subject(opened.name, opened.source, opened.config, opened.tokenizer(), load, opened.companions(), offloads)
 
 
 def open_model(settings: Settings, *, quantized: bool = False) -> checkpoint.Checkpoint:
@@ -67,6 +76,34 @@ def open_model(settings: Settings, *, quantized: bool = False) -> checkpoint.Che
     if settings.model is None:
         raise RecipeError("No model is named. Give one with --model, or as 'model' in the recipe.")
     return checkpoint.open_checkpoint(settings.model, settings.trust_remote_code, quantized=quantized)
+
+
+def _offloads(opened: checkpoint.Checkpoint, settings: Settings) -> bool:
+    """Whether the weights stay on disk: as asked, or if they would take more than is free.
+
+    Raises:
+        RecipeError: it is asked for, and cannot be.
+    """
+    import psutil
+
+    local = Path(opened.source).is_dir() and opened.gguf_file is None
+    if settings.offload is None:
+        free = psutil.virtual_memory().available
+        return local and checkpoint.bytes_on_disk(Path(opened.source)) > SHARE_OF_FREE * free
+    if not settings.offload:
+        return False
+    if not local:
+        raise RecipeError(
+            f"The weights of {opened.name} are to stay on disk, which takes a folder with safetensors files. Fetch the model into a folder "
+            f"first, or leave --offload out."
+        )
+    if device_of(settings) != "cpu":
+        raise RecipeError(
+            f"The weights of {opened.name} are to stay on disk, and the device is {device_of(settings)}: mapped weights are computed with "
+            f"on the CPU. Use --device cpu, or leave --offload out."
+        )
+    weight_files(Path(opened.source))
+    return True
 
 
 def device_of(settings: Settings) -> str:

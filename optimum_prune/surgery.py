@@ -172,8 +172,8 @@ def assign(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             raise SurgeryError(f"The new '{name}' has shape {tuple(value.shape)}, the model's has {tuple(old.shape)}.")
         if not value.isfinite().all():
             raise SurgeryError(f"The new '{name}' has values that are not finite. Check the weights and the text.")
-        with torch.no_grad():
-            old.copy_(value)
+        # Not in place: the old values may be a file's.
+        old.data = value.to(old.device, old.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def keep_layers(model: PreTrainedModel, family: Family, kept: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from optimum_prune import checkpoint
 from optimum_prune.anatomy import find_family, parameters
@@ -16,6 +17,7 @@ from optimum_prune.compress import check_conversions, compress, foresee
 from optimum_prune.conversion import folder_bytes
 from optimum_prune.errors import RecipeError
 from optimum_prune.evaluation import perplexity, perplexity_of_runtime
+from optimum_prune.offload import Store
 from optimum_prune.options import build, options_of
 from optimum_prune.plugins import Plugins
 from optimum_prune.progress import Progress
@@ -101,8 +103,9 @@ def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:
         measured = perplexity_of_runtime(writer.open(folder, device_of(settings)), windows, progress)
         count, size = counts_of(folder), folder_bytes(folder)
     else:
-        model = subject.load()
-        measured = perplexity(model, windows, progress)
+        with TemporaryDirectory() as aside:
+            model = subject.load(Store(Path(aside)) if subject.offloads else None)
+            measured = perplexity(model, windows, progress)
         count, size = parameters(model), checkpoint.stored_bytes(subject.name, model)
     if arguments.json:
         result = {

@@ -9,7 +9,6 @@ from pathlib import Path
 from optimum_prune.options import options_of
 from optimum_prune.plugins import BUILT_IN, Plugins, load
 
-
 NO_PLUGINS = ("demo", "test", "lint")
 """Extras that bring no pass."""
 
