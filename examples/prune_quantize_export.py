@@ -23,6 +23,7 @@ class Tracker:
         self.started = 0.0
 
     def log(self, **event: object) -> None:
+        """Adds a line."""
         with self.file.open("a", encoding="utf-8") as opened:
             opened.write(json.dumps(event) + "\n")
 

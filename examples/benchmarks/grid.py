@@ -89,7 +89,6 @@ def rows(options: argparse.Namespace):
                     "dense",
                     f"{report['parameters']['before'] / 1e6:.1f} M",
                     f"{report['bytes']['before'] / 1e6:.0f}",
-                ] + [
                     f"{before['before']:.2f}",
                     f"{before['tokens_per_second']['before']:,.0f}",
                 ]
