@@ -12,6 +12,7 @@ W and inv follow. Everything is float64, and every factor a Cholesky factor.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,19 +51,28 @@ class Elimination:
 
 def damped(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
     """`X'X + damping * mean(diag X'X) * I` in float64; for a gram of zeros, as if its mean were 1."""
-    gram = gram.to(torch.float64, copy=True)
+    return damp(gram.to(torch.float64, copy=True), damping)
+
+
+def damp(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
+    """The same in place, for a gram in float64."""
     mean = gram.diagonal().mean().item() or 1.0
     gram.diagonal().add_(damping * mean)
     return gram
 
 
 def eliminate(
-    gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], keep: int, step: int = 1, swaps: int = 0
+    gram: Float[Tensor, "in in"] | Callable[[], Float[Tensor, "in in"]],
+    weight: Float[Tensor, "out in"],
+    keep: int,
+    step: int = 1,
+    swaps: int = 0,
 ) -> Elimination:
     """Greedy backward elimination of input channels down to `keep`, then swaps, then the exact refit.
 
     Args:
-        gram: H above, symmetric positive definite.
+        gram: H above, symmetric positive definite; or a function that makes it, in float64 and to be overwritten: it is asked
+            again for the refit, so that no more than two such matrices are held at a time.
         weight: B' above, the dense weights.
         keep: how many channels stay, 1 to all.
         step: how many channels go before the rest are ranked anew: 1 is the exact greedy, all of them a one-shot ranking.
@@ -71,20 +81,28 @@ def eliminate(
     Raises:
         torch.linalg.LinAlgError: the gram is not positive definite, or not finite.
     """
-    gram, dense = gram.double(), weight.double().T
-    factor = torch.linalg.cholesky(gram)
+    dense = weight.double().T
+    inverse = _made(gram)
     products = dense @ dense.T
-    everything = 0.5 * torch.vdot(gram.flatten(), products.flatten()).item()
+    everything = 0.5 * torch.vdot(inverse.flatten(), products.flatten()).item()
     if not math.isfinite(everything):
         raise LinAlgError("The gram or the weights are not finite.")
-    kept, _ = _survivors(torch.cholesky_inverse(factor), products, keep, step)
-    refitted, loss = refit(gram, dense, kept, factor)
+    torch.linalg.cholesky(inverse, out=inverse)
+    torch.cholesky_inverse(inverse, out=inverse)
+    kept = _survivors(inverse, products, keep, step)
+    del inverse, products
+    refitted, loss = _refit(gram, dense, kept)
     if swaps:
-        other = swapped(gram, dense, kept, swaps)
-        refitted_other, loss_other = refit(gram, dense, other, factor)
+        other = swapped(_made(gram), dense, kept, swaps)
+        refitted_other, loss_other = _refit(gram, dense, other)
         if loss_other < loss:
             kept, refitted, loss = other, refitted_other, loss_other
     return Elimination(tuple(kept.tolist()), refitted.T, loss, loss / everything if everything else 0.0)
+
+
+def _made(gram: Tensor | Callable[[], Tensor]) -> Float[Tensor, "in in"]:
+    """The gram in float64, to be overwritten."""
+    return gram.to(torch.float64, copy=True) if isinstance(gram, torch.Tensor) else gram()
 
 
 def eliminate_groups(
@@ -100,8 +118,7 @@ def eliminate_groups(
     """
     gram, dense = gram.double(), weight.double().T
     everything = 0.5 * (dense * (gram @ dense)).sum().item()
-    factor = torch.linalg.cholesky(gram)
-    inverse, weights = torch.cholesky_inverse(factor), dense.clone()
+    inverse, weights = torch.cholesky_inverse(torch.linalg.cholesky(gram)), dense.clone()
     alive = list(range(len(gram) // size))
     while len(alive) > keep:
         groups = torch.arange(len(gram), device=gram.device).view(-1, size)[alive]
@@ -113,29 +130,12 @@ def eliminate_groups(
         inverse -= pull @ inverse[gone]
         del alive[int(cost.argmin())]
     inputs = torch.arange(len(gram), device=gram.device).view(-1, size)[alive].flatten()
-    refitted, loss = refit(gram, dense, inputs, factor)
+    refitted, loss = _refit(gram, dense, inputs)
     return Elimination(tuple(alive), refitted.T, loss, loss / everything if everything else 0.0)
 
 
-def greedy_losses(
-    gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], keep: int
-) -> Float[Tensor, " in-keep+1"]:
-    """The loss after 0, 1, 2, ... steps of the exact greedy elimination, down to `keep` channels.
-
-    Raises:
-        torch.linalg.LinAlgError: the gram is not positive definite, or not finite.
-    """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram.double()))
-    _, costs = _survivors(inverse, weight.double().T @ weight.double(), keep, 1)
-    return torch.tensor([0.0, *costs], dtype=torch.float64).cumsum(0)
-
-
-def _survivors(
-    inverse: Float[Tensor, "in in"], products: Float[Tensor, "in in"], keep: int, step: int
-) -> tuple[Tensor, list[float]]:
-    """Indices of the channels that greedy elimination leaves, ascending, and what each that goes costs when it goes.
-
-    Overwrites both matrices. With more than one at a time, the cost is that at which each goes in its turn.
+def _survivors(inverse: Float[Tensor, "in in"], products: Float[Tensor, "in in"], keep: int, step: int) -> Tensor:
+    """Indices of the channels that greedy elimination leaves, ascending. Overwrites both matrices.
 
     Args:
         inverse: inverse of the gram.
@@ -143,15 +143,13 @@ def _survivors(
     """
     if step >= len(inverse) - keep:
         cost = products.diagonal() / inverse.diagonal()
-        gone = cost.topk(len(cost) - keep, largest=False).values
-        return cost.topk(keep).indices.sort().values, (0.5 * gone).tolist()
+        return cost.topk(keep).indices.sort().values
     indices = torch.arange(len(inverse), device=inverse.device)
     alive = torch.ones_like(indices, dtype=torch.bool)
-    left, costs = len(indices), []
+    left = len(indices)
     while left > keep:
         pending = min(max(PENDING // step, 1) * step, left - keep)  # whole steps
         u, q, m = _eliminate_some(inverse, products, alive, pending, step)
-        costs += (0.5 * m.diagonal()).tolist()
         left -= pending
         if left == keep:
             break
@@ -159,9 +157,15 @@ def _survivors(
         half = torch.addmm(q, m, u, alpha=-0.5)
         products.addmm_(u.T, half, alpha=-1).addmm_(half.T, u, alpha=-1)
         if left < SHRINK * len(alive):
-            inverse, products = inverse[alive][:, alive], products[alive][:, alive]
+            inverse, products = _of(inverse, alive), _of(products, alive)
             indices, alive = indices[alive], alive[alive]
-    return indices[alive], costs
+    return indices[alive]
+
+
+def _of(matrix: Float[Tensor, "n n"], alive: Bool[Tensor, " n"]) -> Float[Tensor, "alive alive"]:
+    """The rows and columns of what is alive."""
+    index = alive.nonzero()
+    return matrix[index, index.T]
 
 
 def _eliminate_some(
@@ -208,31 +212,43 @@ def _eliminate_some(
     return u, q, m
 
 
-def refit(
-    gram: Float[Tensor, "in in"],
-    dense: Float[Tensor, "in out"],
-    kept: Tensor,
-    factor: Float[Tensor, "in in"] | None = None,
+def _refit(
+    gram: Tensor | Callable[[], Tensor], dense: Float[Tensor, "in out"], kept: Tensor
 ) -> tuple[Float[Tensor, "kept out"], float]:
-    """The weights on `kept` that minimise the loss, and the loss.
+    """`refit` or `refit_by_factor`, whichever is cheaper."""
+    if len(dense) - len(kept) >= FEW * len(kept):
+        return refit(_made(gram), dense, kept)
+    factor = _made(gram)
+    torch.linalg.cholesky(factor, out=factor)
+    return refit_by_factor(factor, dense, kept)
 
-    With D what is gone and P the inverse of H, they are `B_S + H_SS^-1 H_SD B_D`, or as well `B_S - P_SD P_DD^-1 B_D`, which is
-    cheaper where little is gone and the Cholesky factor of H is at hand.
-    """
+
+def refit(
+    gram: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], kept: Tensor
+) -> tuple[Float[Tensor, "kept out"], float]:
+    """The weights on `kept` that minimise the loss, and the loss: with D what is gone, `B_S + H_SS^-1 H_SD B_D`."""
     alive = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     alive[kept] = True
     lost = dense[~alive]
-    if factor is not None and len(lost) < FEW * len(kept):
-        units = gram.new_zeros(len(gram), len(lost))
-        units[(~alive).nonzero().flatten(), torch.arange(len(lost), device=gram.device)] = 1
-        inverse = torch.cholesky_solve(units, factor)
-        share = torch.cholesky_solve(lost, torch.linalg.cholesky(inverse[~alive]))
-        return dense[alive] - inverse[alive] @ share, 0.5 * (lost * share).sum().item()
     inside, outside = gram[alive], gram[~alive]
     pull = inside[:, ~alive] @ lost
     correction = torch.cholesky_solve(pull, torch.linalg.cholesky(inside[:, alive]))
     loss = 0.5 * ((lost * (outside[:, ~alive] @ lost)).sum() - (pull * correction).sum())
     return dense[alive] + correction, max(loss.item(), 0.0)
+
+
+def refit_by_factor(
+    factor: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], kept: Tensor
+) -> tuple[Float[Tensor, "kept out"], float]:
+    """The same from the Cholesky factor of H, cheaper where little is gone: with P the inverse of H, `B_S - P_SD P_DD^-1 B_D`."""
+    alive = torch.zeros(len(factor), dtype=torch.bool, device=factor.device)
+    alive[kept] = True
+    lost = dense[~alive]
+    units = factor.new_zeros(len(factor), len(lost))
+    units[(~alive).nonzero().flatten(), torch.arange(len(lost), device=factor.device)] = 1
+    inverse = torch.cholesky_solve(units, factor)
+    share = torch.cholesky_solve(lost, torch.linalg.cholesky(inverse[~alive]))
+    return dense[alive] - inverse[alive] @ share, 0.5 * (lost * share).sum().item()
 
 
 def swapped(gram: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], kept: Tensor, swaps: int) -> Tensor:

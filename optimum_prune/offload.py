@@ -209,7 +209,7 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
     elements = tensor.detach().contiguous().flatten()
     at_once = CHUNK // elements.element_size()
     for start in range(0, len(elements), at_once):
-        yield memoryview(elements[start : start + at_once].view(torch.uint8).cpu().numpy())
+        yield elements[start : start + at_once].view(torch.uint8).cpu().numpy().data
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -16,7 +16,7 @@ import torch
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # documented, but not declared public
 
 from optimum_prune.anatomy import Linear
-from optimum_prune.elimination import Elimination, damped
+from optimum_prune.elimination import Elimination, damp
 from optimum_prune.errors import NumericalError
 from optimum_prune.layerwise import Visit
 from optimum_prune.statistics import Cross, Gram
@@ -42,7 +42,7 @@ class Aim:
 
     def moments(self, gram: Gram, damping: float) -> Float[Tensor, "in in"]:
         """H above; of the inputs less their mean if there is a bias to take that over."""
-        return damped(gram.value if self.bias is None else gram.centered, damping)
+        return damp(gram.exact if self.bias is None else gram.centered, damping)
 
     def fitted(
         self, name: str, linear: Linear, result: Elimination, gram: Gram, inputs: Sequence[int]

@@ -63,12 +63,27 @@ class Gram:
     @property
     def centered(self) -> Float[Tensor, "features features"]:
         """The gram of the activations less their mean, float64."""
-        return self.value.double() - self.tokens * torch.outer(self.mean, self.mean)
+        return self.exact.addr_(self.mean, self.mean, alpha=-self.tokens)
+
+    @property
+    def exact(self) -> Float[Tensor, "features features"]:
+        """The gram so far, in float64."""
+        return self._whole(torch.float64)
 
     @property
     def value(self) -> Float[Tensor, "features features"]:
         """The gram so far."""
-        return self._upper.triu() + self._upper.triu(1).T
+        return self._whole(torch.float32)
+
+    def _whole(self, dtype: torch.dtype) -> Float[Tensor, "features features"]:
+        """With what lies below the diagonal filled in, block by block: no other matrix of this size is needed."""
+        whole = self._upper.to(dtype, copy=True)
+        for start in range(0, self.features, BLOCK):
+            end = start + BLOCK
+            block = whole[start:end, start:end]
+            block.copy_(block.triu() + block.triu(1).T)
+            whole[end:, start:end] = whole[start:end, end:].T
+        return whole
 
 
 class Cross:

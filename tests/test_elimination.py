@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from optimum_prune.elimination import damped, eliminate, eliminate_groups, greedy_losses, refit
+from optimum_prune.elimination import damped, eliminate, eliminate_groups, refit, refit_by_factor
 
 
 def problem(size: int, tokens: int, outputs: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -247,22 +247,10 @@ def test_both_formulas_of_the_refit_give_the_same(gone):
     gram, weight = problem(60, 100)
     kept = torch.randperm(60, generator=torch.Generator().manual_seed(gone))[gone:].sort().values
     direct, loss = refit(gram, weight.T, kept)
-    through_what_goes, other = refit(gram, weight.T, kept, torch.linalg.cholesky(gram))
+    through_what_goes, other = refit_by_factor(torch.linalg.cholesky(gram), weight.T, kept)
     assert_close(through_what_goes, direct, rtol=1e-8, atol=1e-9)
     assert other == pytest.approx(loss, rel=1e-8)
     assert loss == pytest.approx(least_squares(gram, weight.T, tuple(kept.tolist()))[1], rel=1e-8)
-
-
-@pytest.mark.parametrize(("size", "tokens"), [(30, 100), (150, 40), (200, 1000)])
-def test_greedy_losses_are_the_losses_of_the_refit_after_each_step(size, tokens):
-    gram, weight = problem(size, tokens)
-    losses = greedy_losses(gram, weight, 5)
-    assert losses.shape == (size - 5 + 1,)
-    assert losses[0] == 0
-    assert (losses.diff() >= 0).all()
-    for keep in range(5, size, size // 10):
-        kept = torch.tensor(eliminate(gram, weight, keep).kept)
-        assert losses[size - keep].item() == pytest.approx(refit(gram, weight.T, kept)[1], rel=1e-7)
 
 
 def of_one_token(size: int) -> Tensor:

@@ -362,8 +362,8 @@ class Osscar(PrunePass):
 
     def _eliminated(self, what: str, gram: Gram, aim: Aim, keep: int) -> Elimination:
         with named(what, aim.weight, self._damping):
-            moments = aim.moments(gram, self._damping)
-            return eliminate(moments, aim.weight, keep, len(moments) if self.one_shot else self.step, self.swaps)
+            step = aim.weight.shape[1] if self.one_shot else self.step
+            return eliminate(lambda: aim.moments(gram, self._damping), aim.weight, keep, step, self.swaps)
 
     def _aim(self, visit: Visit, family: Family, gram: Gram, reference: Visit | None) -> Aim:
         """What the FFN's output projection is to come close to: itself, moved towards the dense model's hidden states."""

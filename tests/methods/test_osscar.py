@@ -475,7 +475,7 @@ def test_a_window_of_two_tokens_is_enough(name, subject, plugins, tmp_path):
 def test_nothing_is_written_of_a_model_that_cannot_be_computed_with(name, subject, tmp_path):
     model, _ = subject
     broken_at("model.layers.4.self_attn.o_proj.weight", torch.nan)(model)
-    whole = Subject("broken", None, model.config, None, lambda: model)
+    whole = Subject("broken", None, model.config, None, lambda _: model)
     with pytest.raises(OptimumPruneError, match="layer 4"):
         compress(
             Recipe(passes=(Osscar(head_ratio=0.5),)),
