@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Int
     from transformers import PreTrainedTokenizerBase
 
+    from optimum_prune.offload import Shelf
+
 logger = logging.getLogger(__name__)
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
@@ -111,6 +113,12 @@ class Calibration:
     """Where the text is from."""
     bos: bool = False
     """Whether each window begins with the beginning-of-sequence token."""
+    shelf: Shelf | None = None
+    """Where a model's activations on these windows are kept; in memory if not given."""
+
+    def keep(self, activations: Tensor) -> Tensor:
+        """Activations for later, in memory or on the shelf."""
+        return activations if self.shelf is None else self.shelf.keep(activations)
 
     @classmethod
     def from_tokens(

@@ -87,10 +87,10 @@ def eliminate(
     everything = 0.5 * torch.vdot(inverse.flatten(), products.flatten()).item()
     if not math.isfinite(everything):
         raise LinAlgError("The gram or the weights are not finite.")
-    torch.linalg.cholesky(inverse, out=inverse)
-    torch.cholesky_inverse(inverse, out=inverse)
+    factor = cholesky(inverse)
+    torch.cholesky_inverse(factor, out=factor)
     kept = _survivors(inverse, products, keep, step)
-    del inverse, products
+    del factor, inverse, products
     refitted, loss = _refit(gram, dense, kept)
     if swaps:
         other = swapped(_made(gram), dense, kept, swaps)
@@ -98,6 +98,13 @@ def eliminate(
         if loss_other < loss:
             kept, refitted, loss = other, refitted_other, loss_other
     return Elimination(tuple(kept.tolist()), refitted.T, loss, loss / everything if everything else 0.0)
+
+
+def cholesky(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
+    """The Cholesky factor of a symmetric matrix, in its own memory: as its transpose it has the layout that LAPACK works on."""
+    factor = gram.mT
+    torch.linalg.cholesky(factor, out=factor)
+    return factor
 
 
 def _made(gram: Tensor | Callable[[], Tensor]) -> Float[Tensor, "in in"]:
@@ -218,9 +225,7 @@ def _refit(
     """`refit` or `refit_by_factor`, whichever is cheaper."""
     if len(dense) - len(kept) >= FEW * len(kept):
         return refit(_made(gram), dense, kept)
-    factor = _made(gram)
-    torch.linalg.cholesky(factor, out=factor)
-    return refit_by_factor(factor, dense, kept)
+    return refit_by_factor(cholesky(_made(gram)), dense, kept)
 
 
 def refit(
@@ -248,7 +253,8 @@ def refit_by_factor(
     units[(~alive).nonzero().flatten(), torch.arange(len(lost), device=factor.device)] = 1
     inverse = torch.cholesky_solve(units, factor)
     share = torch.cholesky_solve(lost, torch.linalg.cholesky(inverse[~alive]))
-    return dense[alive] - inverse[alive] @ share, 0.5 * (lost * share).sum().item()
+    loss = 0.5 * torch.vdot(lost.flatten(), share.flatten()).item()
+    return dense[alive].addmm_(inverse[alive], share, alpha=-1), loss
 
 
 def swapped(gram: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], kept: Tensor, swaps: int) -> Tensor:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import json
 import logging
 import shutil
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,10 +28,13 @@ from optimum_prune.runtime import Runtime
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
-    from transformers import PreTrainedModel
+    from transformers import Cache, PreTrainedModel
 
     from optimum_prune.passes import Job
 
+INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values")
+"""Of a graph, in this order."""
+GENERATION = "generation_config.json"
 BEFORE = 7
 """Tokens of the prompt that a graph is traced behind; two more are traced, since one alone would freeze that axis."""
 
@@ -80,46 +83,67 @@ def trace(model: PreTrainedModel, *, masked: bool = True, limits: Limits | None 
 
     limits = limits or Limits()
     windows = 1 if limits.windows == 1 else 2
-    tokens = torch.arange(windows * BEFORE).reshape(windows, BEFORE) % min(100, model.config.get_text_config().vocab_size)
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.arange(windows * BEFORE).reshape(windows, BEFORE) % vocabulary
     mask = torch.ones_like(tokens)
     if masked:  # a mask of ones would be left out
         mask[0, 0] = 0
     greedy = GenerationConfig(do_sample=False, use_cache=True, pad_token_id=0)
     prompt = {"input_ids": tokens, "attention_mask": mask}
-    component, inputs = decompose_for_generation(model, prompt, greedy, multi_token_decode=True)["decode"]
+    with quietly():
+        component, given = decompose_for_generation(model, prompt, greedy, multi_token_decode=True)["decode"]
+    taken = INPUTS if masked else [name for name in INPUTS if name != "attention_mask"]
+    inputs = {name: given[name] for name in taken if name in given}
     cache = inputs.get("past_key_values")
     if not isinstance(cache, Cache):
         raise PassError(
             f"{type(model).__name__} generates without a cache of keys and values, which an exported graph needs. Leave the export "
             f"out, or choose another architecture."
         )
+    _unfold(cache)
     register_cache_pytrees_for_model(model)
     any_windows = torch.export.Dim.STATIC if windows == 1 else _up_to(limits.windows)
-    shapes = {
+    shapes: dict[str, Any] = {
         name: {0: any_windows, 1: _up_to(None if name == "attention_mask" else limits.tokens)}
         for name, value in inputs.items()
         if isinstance(value, Tensor)
     }
     shapes["past_key_values"] = [
-        {0: any_windows, 2: _up_to(limits.before)} if leaf.ndim == 4 else {} for leaf in torch.utils._pytree.tree_leaves(cache)
+        {0: any_windows, 2: _up_to(limits.before)} for _ in torch.utils._pytree.tree_leaves(cache)
     ]
-    return Trace(component, inputs, {name: shapes[name] for name in inputs if name in shapes})
+    flags = {name: True for name in ("use_cache", "return_dict") if name in given}
+    return Trace(component, inputs | flags, shapes)
+
+
+def _unfold(cache: Cache) -> None:
+    """Makes layers that keep a window of tokens keep them all, in place, as exporters trace them; their mask sees to the window."""
+    from transformers.cache_utils import DynamicLayer
+
+    for index, layer in enumerate(cache.layers):
+        if layer.is_sliding and layer.is_initialized:
+            cache.layers[index] = whole = DynamicLayer()
+            whole.update(
+                *(each.new_zeros(*each.shape[:2], BEFORE, each.shape[3]) for each in (layer.keys, layer.values))
+            )
 
 
 def _up_to(most: int | None) -> Any:
     return torch.export.Dim.AUTO if most is None else torch.export.Dim.AUTO(max=most)
 
 
-def export(exporter: Any, traced: Trace, config: Any, target: Path) -> None:
-    """Exports and saves a graph, without what the libraries print meanwhile.
+def export(exporter: Any, traced: Trace, config: Any) -> Any:
+    """Exports a graph, without what the libraries print meanwhile.
 
     Args:
         exporter: of `transformers.exporters`.
         config: its config; the shapes go in here.
+
+    Returns:
+        The `ExportedModel`, to be saved with `save_pretrained`.
     """
     config.dynamic, config.dynamic_shapes = True, traced.shapes
     with quietly():
-        exporter.export(traced.model, traced.inputs, config).save_pretrained(target)
+        return exporter.export(traced.model, traced.inputs, config)
 
 
 def first_inputs(traced: Trace, tokens: Int[Tensor, "w t"]) -> dict[str, Any]:
@@ -128,7 +152,9 @@ def first_inputs(traced: Trace, tokens: Int[Tensor, "w t"]) -> dict[str, Any]:
     cache = copy.deepcopy(traced.inputs["past_key_values"])
     for layer in cache.layers:
         if layer.is_initialized:
-            layer.keys, layer.values = (each[:1, :, :0].repeat(windows, 1, 1, 1) for each in (layer.keys, layer.values))
+            layer.keys, layer.values = (
+                each[:1, :, :0].repeat(windows, 1, 1, 1) for each in (layer.keys, layer.values)
+            )
     inputs = {
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),
@@ -136,6 +162,17 @@ def first_inputs(traced: Trace, tokens: Int[Tensor, "w t"]) -> dict[str, Any]:
         "past_key_values": cache,
     }
     return {name: inputs[name] for name in traced.inputs if name in inputs}
+
+
+def arrays(tokens: Int[Tensor, "w t"], before: int, names: Collection[str]) -> dict[str, Any]:
+    """What a graph takes beside its cache of `before` tokens, as numpy arrays, if it has inputs of these names."""
+    windows, length = tokens.shape
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": torch.ones(windows, before + length, dtype=torch.long),
+        "position_ids": torch.arange(before, before + length).repeat(windows, 1),
+    }
+    return {name: tensor.numpy() for name, tensor in inputs.items() if name in names}
 
 
 @contextlib.contextmanager
@@ -152,13 +189,19 @@ def quietly() -> Iterator[None]:
 
 
 def add_companions(job: Job, example: str) -> None:
-    """Puts beside a graph the tokenizer, how to generate, what reads its config, and `example.py`."""
+    """Puts beside a graph the tokenizer, where generation ends, what reads its config, and `example.py`."""
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(job.source, trust_remote_code=job.trust_remote_code).save_pretrained(job.target)
-    for name in ("generation_config.json", f"{FILE}.py"):
+    tokenizer = AutoTokenizer.from_pretrained(job.source, trust_remote_code=job.trust_remote_code)
+    tokenizer.save_pretrained(job.target)
+    for name in (GENERATION, f"{FILE}.py"):
         if (job.source / name).is_file():
             shutil.copy(job.source / name, job.target)
+    file = job.target / GENERATION
+    plain = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if plain.get("eos_token_id") is None:
+        plain["eos_token_id"] = tokenizer.eos_token_id
+        file.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
     (job.target / "example.py").write_text(example, encoding="utf-8")
 
 
@@ -178,9 +221,11 @@ class CachedRuntime(Runtime):
         """Logits of the tokens behind a cache of `before` tokens, and the cache with them in it."""
 
     def logits(self, tokens: Int[Tensor, "w t"]) -> Float[Tensor, "w t v"]:
-        return torch.cat([self._read(part)[0] for part in tokens.split(self.limits.windows or len(tokens))])
+        """Each window from the start, as many at a time as it takes."""
+        return torch.cat([self._read(part)[0] for part in torch.split(tokens, self.limits.windows or len(tokens))])
 
     def generate(self, tokens: Int[Tensor, " t"], count: int) -> list[int]:
+        """The prompt as much as it takes at a time, then one token at a time."""
         logits, cache = self._read(tokens[None])
         found = [int(logits[0, -1].argmax())]
         while len(found) < count:
@@ -190,7 +235,7 @@ class CachedRuntime(Runtime):
 
     def _read(self, tokens: Int[Tensor, "w t"]) -> tuple[Float[Tensor, "w t v"], Any]:
         cache, found, before = self.start(len(tokens)), [], 0
-        for part in tokens.split(self.limits.tokens or tokens.shape[1], dim=1):
+        for part in torch.split(tokens, self.limits.tokens or tokens.shape[1], dim=1):
             logits, cache = self.step(part, before, cache)
             found.append(logits)
             before += part.shape[1]

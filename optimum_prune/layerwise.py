@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from optimum_prune.anatomy import Family
     from optimum_prune.calibration import Calibration
+    from optimum_prune.offload import Shelf
     from optimum_prune.progress import Progress
 
 TOKENS_PER_BATCH = 4096
@@ -96,7 +97,7 @@ def embed(
         arguments, hidden = _prepare(model, family, tokens, mask)
         if mask.all():  # without padding, the arguments depend on nothing but the batch's shape
             arguments = shared.setdefault(len(tokens), arguments)
-        stream.append((Batch(tokens, mask, arguments), hidden))
+        stream.append((Batch(tokens, mask, arguments), calibration.keep(hidden)))
     return stream
 
 
@@ -183,11 +184,19 @@ class Visit:
     output projections, as they are by then, are computed twice. Of a mixture, the experts are run again.
     """
 
-    def __init__(self, index: int, layer: nn.Module, family: Family, stream: list[tuple[Batch, Tensor]]) -> None:
+    def __init__(
+        self,
+        index: int,
+        layer: nn.Module,
+        family: Family,
+        stream: list[tuple[Batch, Tensor]],
+        shelf: Shelf | None = None,
+    ) -> None:
         self.index = index
         self.layer = layer
         self.stream = stream
         self._family = family
+        self._shelf = shelf
         self._batch = stream[0][0]
         self._left = False
         self._gone: tuple[str, ...] = ()
@@ -240,12 +249,12 @@ class Visit:
         """Keeps only these of the observed heads, as the cut of this layer will: before it is made."""
         counts = self._family.head_counts(self.layer)
         index = features_of(kept, counts.queries * counts.size)
-        self._heads = [heads[..., index.to(heads.device)] for heads in self._heads]
+        self._heads = [self._keep(heads[..., index.to(heads.device)]) for heads in self._heads]
 
     def narrow(self, kept: Sequence[int]) -> None:
         """Keeps only these of the observed channels, likewise."""
         index = torch.tensor(kept)
-        self._channels = [channels[..., index.to(channels.device)] for channels in self._channels]
+        self._channels = [self._keep(channels[..., index.to(channels.device)]) for channels in self._channels]
 
     def outputs(self) -> Iterator[tuple[Float[Tensor, "tokens features"], Float[Tensor, "w t h"]]]:
         """What was observed last as rows, and the hidden states behind it, batch by batch, with padding.
@@ -303,7 +312,7 @@ class Visit:
             return
         self._left = True
         for position, (batch, _) in enumerate(self.stream):  # in place: one layer's hidden states are ever held
-            self.stream[position] = (batch, self._run(position, remember=False))
+            self.stream[position] = (batch, self._keep(self._run(position, remember=False)))
         self._heads, self._attended, self._channels = [], [], []
 
     def _inputs_of(self, path: str, add: Add) -> Iterator[Tensor]:
@@ -320,7 +329,7 @@ class Visit:
                 with suppress(_Reached):
                     self._run(position)
                 add(self._unpadded(reached[-1]))
-                yield reached.pop()
+                yield self._keep(reached.pop())
         finally:
             handle.remove()
 
@@ -349,10 +358,28 @@ class Visit:
                 _silence(stack, self._family, self.layer, "feed_forward")
             elif position < len(self._channels):
                 self._answer_for_channels(stack, self._channels[position])
-            return batch.run(self.layer, self.index, hidden)
+            found = batch.run(self.layer, self.index, hidden)
+        self._put_back(position)
+        return found
 
     def _keep_attended(self, _: nn.Module, __: object, result: Any) -> None:
-        self._attended.append(result)
+        if isinstance(result, tuple):  # with the weights of attention, if they are asked for
+            self._attended.append((self._keep(result[0]), *result[1:]))
+        else:
+            self._attended.append(self._keep(result))
+
+    def _keep(self, activations: Tensor) -> Tensor:
+        return activations if self._shelf is None else self._shelf.keep(activations)
+
+    def _put_back(self, position: int) -> None:
+        """Gives back the memory of what was kept of a batch on the shelf."""
+        if self._shelf is None:
+            return
+        attended = self._attended[position : position + 1]
+        kept = [each[0] if isinstance(each, tuple) else each for each in attended]
+        for activations in (self._heads, self._channels):
+            kept += activations[position : position + 1]
+        self._shelf.put_back(self.stream[position][1], *kept)
 
     def _attend(self, position: int) -> tuple[Tensor, None]:
         """What attention puts out, from the outputs of its heads; attentions of transformers put out their weights as well."""
@@ -403,7 +430,7 @@ def walk(
     stream = embed(model, family, calibration)
     check_finite((hidden for _, hidden in stream), "The embeddings")
     for index, layer in enumerate(progress.track(family.layers_of(model), description)):
-        visit = Visit(index, layer, family, stream)
+        visit = Visit(index, layer, family, stream, calibration.shelf)
         yield visit
         visit.leave()
         check_finite((hidden for _, hidden in stream), f"Decoder layer {index}")

@@ -1,4 +1,4 @@
-"""Weights that stay on disk: mapped into memory, read when a layer runs, and given back when it has run.
+"""Weights and activations that stay on disk: mapped into memory, read when they are used, and given back afterwards.
 
 A mapped model is an ordinary model whose parameters lie in files. A page of a file takes memory from when it is first read until it is
 given back, so giving back a layer's pages when it has run leaves one layer in memory at a time, whoever runs it. Meanwhile the
@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import mmap
 import struct
+import tempfile
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_prune.errors import CheckpointError
+from optimum_prune.measure import give_back
 
 DTYPES = {
     "F64": torch.float64,
@@ -151,6 +154,7 @@ class Store:
         mapped = self.map(file)
         for number, parameter in enumerate(fresh.values()):
             parameter.data = mapped[str(number)]
+        give_back()
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -166,6 +170,49 @@ class Store:
             yield
         finally:
             modeling_utils.safe_save_file = before
+
+
+class Shelf:
+    """Where activations are kept for later: in memory up to a budget, beyond it in files that are mapped.
+
+    Args:
+        folder: for these files; each is gone with its tensor.
+        budget: bytes to keep in memory.
+    """
+
+    def __init__(self, folder: Path, budget: int) -> None:
+        self.budget = budget
+        self._folder = folder
+        self._held = 0
+        self._files: dict[int, _Mapping] = {}
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """The same values, in memory or in a file. What lies on an accelerator stays there."""
+        if tensor.device.type != "cpu" or tensor.numel() == 0:
+            return tensor
+        if self._held + tensor.nbytes <= self.budget:
+            self._held += tensor.nbytes
+            weakref.finalize(tensor, self._let_go, tensor.nbytes)
+            return tensor
+        self._folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            file.truncate(tensor.nbytes)
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE)
+        kept = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+        kept.copy_(tensor)
+        self._files[kept.data_ptr()] = _Mapping(kept.data_ptr(), memory)
+        weakref.finalize(kept, self._files.pop, kept.data_ptr(), None)
+        self.put_back(kept)
+        return kept
+
+    def _let_go(self, size: int) -> None:
+        self._held -= size
+
+    def put_back(self, *tensors: Tensor) -> None:
+        """Gives back the memory of tensors in files when they have been used; they are read again when they are used again."""
+        for tensor in tensors:
+            if mapping := self._files.get(tensor.data_ptr()):
+                mapping.advise(tensor, mmap.MADV_DONTNEED)
 
 
 def _tensor(memory: mmap.mmap, start: int, about: Mapping[str, Any]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,31 @@ from optimum_prune.plugins import Plugins
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+UNITS = {
+    "": 1,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+
+
+def size_of(text: str) -> int:
+    """The bytes that a size such as 8GiB, 500 MB or 1000000 means.
+
+    Raises:
+        RecipeError: it means none.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)B?", text.strip())
+    if match is None or match[2].upper() not in UNITS:
+        raise RecipeError(f"The memory {text!r} is no size. Give a number with a unit, such as 8GiB or 500MB.")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
     """What holds for a whole run."""
@@ -33,7 +59,17 @@ class Settings:
         "Leave the weights on disk and read one layer at a time; if not given, where they would not fit in memory.",
         None,
     )
+    memory: str | None = option(
+        "How much of the windows' activations to keep in memory, such as 8GiB; the rest goes to disk. If not given, all of them, or 256MiB with "
+        "offload.",
+        None,
+    )
     trust_remote_code: bool = option("Run modelling code that comes with the checkpoint.", False)
+
+    def __post_init__(self) -> None:
+        """Refuses a memory that is no size."""
+        if self.memory is not None:
+            size_of(self.memory)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

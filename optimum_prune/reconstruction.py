@@ -16,7 +16,7 @@ import torch
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # documented, but not declared public
 
 from optimum_prune.anatomy import Linear
-from optimum_prune.elimination import Elimination, damp
+from optimum_prune.elimination import Elimination, cholesky, damp
 from optimum_prune.errors import NumericalError
 from optimum_prune.layerwise import Visit
 from optimum_prune.statistics import Cross, Gram
@@ -121,7 +121,7 @@ def _moved(
         counted = batch.mask.flatten().to(hidden.device)
         lack.add(rows[counted], (wanted.float() - hidden.float()).flatten(0, -2)[counted])
     with named(f"The projection '{path}' of layer {visit.index}", aim.weight, damping):
-        factor = torch.linalg.cholesky(aim.moments(gram, damping))
+        factor = cholesky(aim.moments(gram, damping))
     products = lack.value if aim.bias is None else lack.centered(gram)
     move = strength * torch.cholesky_solve(products, factor).T
     bias = None if aim.bias is None else aim.bias + strength * lack.mean - move @ gram.mean

@@ -15,13 +15,13 @@ from optimum_prune.calibration import Calibration
 from optimum_prune.cuts import Cuts
 from optimum_prune.errors import SurgeryError, reason
 from optimum_prune.evaluation import Perplexity, perplexity
-from optimum_prune.measure import Meter
-from optimum_prune.offload import Store
+from optimum_prune.measure import Meter, give_back
+from optimum_prune.offload import Shelf, Store
 from optimum_prune.options import as_plain
 from optimum_prune.passes import FolderPass, Job, Outcome, PrunePass, Stage
 from optimum_prune.plugins import Plugins
 from optimum_prune.progress import Progress
-from optimum_prune.recipe import Recipe
+from optimum_prune.recipe import Recipe, size_of
 from optimum_prune.report import Change, Report
 from optimum_prune.runtime import Expected, Runtime, compare, open_in_transformers
 from optimum_prune.staging import Staging
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+SHELF = 2**28
+"""Bytes of activations kept in memory if the weights are on disk and nothing else is said."""
 SURPRISE = 0.05
 """By this fraction of a model's parameters, a pass may leave more or less than it foresaw."""
 
@@ -93,9 +95,10 @@ class Run:
         _check_rotary(model, subject.name)
         count, size = parameters(model), checkpoint.weight_bytes(model)
         before = self.perplexity(model)
+        give_back()
+        calibration = replace(self.texts.calibration, shelf=self.shelf(subject.offloads))
         outcomes = [
-            prune(step, model, family, self.texts.calibration, self.plugins, self.progress, store)
-            for step in self.pruning
+            prune(step, model, family, calibration, self.plugins, self.progress, store) for step in self.pruning
         ]
         checkpoint.save(model, subject.tokenizer, folder, self.progress, store)
         for file in subject.companions:
@@ -120,6 +123,13 @@ class Run:
         )
         self.keep(report)
         return report
+
+    def shelf(self, offloads: bool) -> Shelf | None:
+        """Where activations are kept, if not all in memory."""
+        memory = self.recipe.settings.memory
+        if memory is None and not offloads:
+            return None
+        return Shelf(self.staging.root / "activations", SHELF if memory is None else size_of(memory))
 
     def perplexity(self, model: PreTrainedModel) -> Perplexity | None:
         """Of a model in memory, if any is to be measured."""

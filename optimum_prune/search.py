@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from optimum_prune.layerwise import Batch
     from optimum_prune.progress import Progress
 
-MEMORY = 2**30
+MEMORY = 2**29
 """Bytes that the streams of a search may take."""
 BLOCK = 32
 """Neighbouring tokens whose losses count as one observation."""

@@ -1,0 +1,180 @@
+"""ONNX: one graph for ONNX Runtime that reads prompts and single tokens with a cache, in float32, float16 or dynamic int8.
+
+The exporter is that of transformers. Inputs are `input_ids`, `attention_mask`, `position_ids` and the cache, a pair of
+`input.past_key_values.layers.N.keys` and `.values` for each layer with attention, which may have no tokens; outputs are `logits` and
+the cache with the new tokens. Weights are in `model.onnx.data`, so that they may be larger than 2 GB.
+
+With `quantize: int8`, embeddings and matrix products have weights in 8 bits, one scale for each output channel, and activations are
+rounded when the model runs, with one scale for all (ONNX Runtime's dynamic quantization). The products that read the inner channels of
+an FFN stay in float32: a few of those channels are so large that all others would be rounded away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from optimum_prune import FolderPass, Job, Prospect, Runtime, Stage, hookimpl, option
+from optimum_prune.errors import RecipeError
+from optimum_prune.exporting import CachedRuntime, add_companions, arrays, export, open_to_export, quietly, trace
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Onnx(FolderPass):
+    """One graph with a cache for ONNX Runtime, in float32, float16 or dynamic int8 (transformers.exporters)."""
+
+    name: ClassVar[str] = "onnx"
+    stage = Stage.EXPORT
+    requires: ClassVar[Mapping[str, str]] = {
+        "onnx": "onnx>=1.20",
+        "onnxscript": "onnxscript>=0.7",
+        "onnxruntime": "onnxruntime>=1.23",
+    }
+    takes_odd: ClassVar[bool] = True
+    dtype: Literal["float32", "float16"] = option(
+        "What weights are stored and computed in; float16 is slow on CPUs.", "float32"
+    )
+    quantize: Literal["none", "int8"] = option(
+        "int8: weights in 8 bits, activations rounded when the model runs.", "none"
+    )
+
+    def __post_init__(self) -> None:
+        """Refuses what ONNX Runtime does not quantize."""
+        if self.quantize == "int8" and self.dtype != "float32":
+            raise RecipeError(
+                f"onnx has quantize int8 and dtype {self.dtype}, but quantizes float32 only. Leave dtype out."
+            )
+
+    @property
+    def usual_tolerance(self) -> float:
+        """About twice what a small real model showed."""
+        return 0.35 if self.quantize == "int8" else 0.03
+
+    def check(self, prospect: Prospect) -> None:
+        """Any decoder that transformers exports will do."""
+
+    def convert(self, job: Job) -> Mapping[str, Any]:
+        """Exports through transformers."""
+        with quietly():
+            from transformers.exporters import OnnxConfig, OnnxExporter
+
+        model = open_to_export(job, self.dtype)
+        quantizer = _int8(model.config.get_text_config().hidden_size) if self.quantize == "int8" else None
+        export(OnnxExporter(), trace(model), OnnxConfig(quantizer=quantizer)).save_pretrained(job.target)
+        add_companions(job, EXAMPLE)
+        return {"dtype": self.dtype, "quantize": self.quantize}
+
+    def open(self, folder: Path, device: str) -> Runtime:
+        """The graph in ONNX Runtime."""
+        return OnnxRuntime(folder, device, "int8" if self.quantize == "int8" else self.dtype)
+
+
+def _int8(hidden_size: int) -> Any:
+    """ONNX Runtime's dynamic quantization of all matrix products but those that leave an FFN."""
+    from transformers.exporters import OnnxRuntimeDynamicConfig, OnnxRuntimeQuantizer
+    from transformers.exporters.configs import ExportFormat
+    from transformers.exporters.quantizers import ExportQuantizer
+
+    class Int8(ExportQuantizer):
+        supported_formats = (ExportFormat.ONNX,)
+        required_packages = OnnxRuntimeQuantizer.required_packages
+
+        def quantize(self, model: Any, sample_inputs: dict[str, Any], export_format: ExportFormat) -> Any:
+            """Which products those are, is known only now."""
+            weights = {node.name: node.inputs[1].const_value for node in model.graph if node.op_type == "MatMul"}
+            leaving = [
+                name for name, weight in weights.items() if weight is not None and weight.shape[0] != hidden_size
+            ]
+            config = OnnxRuntimeDynamicConfig(per_channel=True, nodes_to_exclude=leaving)
+            return OnnxRuntimeQuantizer(config).quantize(model, sample_inputs, export_format)
+
+    return Int8()
+
+
+class OnnxRuntime(CachedRuntime):
+    """A graph in ONNX Runtime, on as many threads as torch."""
+
+    def __init__(self, folder: Path, device: str, dtype: str) -> None:
+        import onnxruntime
+        import torch
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        providers = ["CUDAExecutionProvider"] if device.startswith("cuda") else []
+        self.session = onnxruntime.InferenceSession(
+            folder / "model.onnx", options, providers=[*providers, "CPUExecutionProvider"]
+        )
+        self.names = [each.name for each in self.session.get_inputs()]
+        self.cached = [each for each in self.session.get_inputs() if ".past_key_values." in each.name]
+        self.dtype = dtype
+
+    def start(self, windows: int) -> dict[str, Any]:
+        """No tokens for each layer with attention."""
+        import numpy
+
+        shapes = {each.name: (windows, int(each.shape[1]), 0, int(each.shape[3])) for each in self.cached}
+        dtype = "float16" if self.dtype == "float16" else "float32"
+        return {name: numpy.zeros(shape, dtype) for name, shape in shapes.items()}
+
+    def step(self, tokens: Tensor, before: int, cache: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """One run."""
+        import torch
+
+        outputs = ["logits", *(name.replace("input.", "output.", 1) for name in cache)]
+        logits, *grown = self.session.run(outputs, arrays(tokens, before, self.names) | cache)
+        return torch.from_numpy(logits).float(), dict(zip(cache, grown, strict=True))
+
+
+EXAMPLE = '''"""Generates text with this model: python example.py "Once upon a time" """
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+folder = Path(__file__).parent
+tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+ends = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+
+# The cache: none of the tokens has been read.
+cache = {
+    each.name: np.zeros((1, int(each.shape[1]), 0, int(each.shape[3])), "float16" if "float16" in each.type else "float32")
+    for each in session.get_inputs()
+    if ".past_key_values." in each.name
+}
+outputs = ["logits", *(name.replace("input.", "output.", 1) for name in cache)]
+
+prompt = sys.argv[1] if len(sys.argv) > 1 else "Once upon a time"
+tokens = tokenizer.encode(prompt).ids
+ahead, before = tokens, 0  # first the whole prompt, then one token at a time
+for _ in range(32):
+    inputs = {
+        "input_ids": np.array([ahead]),
+        "attention_mask": np.ones((1, before + len(ahead)), np.int64),
+        "position_ids": np.arange(before, before + len(ahead))[None],
+    }
+    logits, *grown = session.run(outputs, inputs | cache)
+    cache = dict(zip(cache, grown))
+    before += len(ahead)
+    ahead = [int(logits[0, -1].argmax())]
+    if ahead[0] in np.atleast_1d(ends):
+        break
+    tokens = tokens + ahead
+print(tokenizer.decode(tokens))
+'''
+
+
+@hookimpl
+def passes() -> Iterator[type[FolderPass]]:
+    """What this plugin adds."""
+    yield Onnx
