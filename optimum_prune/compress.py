@@ -14,7 +14,7 @@ from optimum_prune import checkpoint
 from optimum_prune.anatomy import Family, find_family
 from optimum_prune.calibration import draw
 from optimum_prune.errors import OutputError, RecipeError
-from optimum_prune.measure import Meter
+from optimum_prune.measure import Meter, give_back
 from optimum_prune.passes import FolderPass, Pass, PrunePass
 from optimum_prune.plugins import Plugins
 from optimum_prune.plugins import load as load_plugins
@@ -70,6 +70,7 @@ def compress(
         check_conversions(recipe.passes, Prospect(subject.config, family, foreseen))
         with progress.libraries():
             texts = texts or _draw(recipe, subject, family, plugins)
+        give_back()  # tokenizing takes much more than tokens do
         _check_texts(texts, family.text_config(subject.config))
         _check_disk(staging.root, foreseen.parameters * checkpoint.item_size(subject.config, recipe.settings.dtype))
         unfinished = Unfinished(Path(output), _identity(recipe.settings, subject, texts))

@@ -154,6 +154,8 @@ class Store:
         mapped = self.map(file)
         for number, parameter in enumerate(fresh.values()):
             parameter.data = mapped[str(number)]
+        for mapping in self._mappings:  # what was read to be cut, too
+            mapping.memory.madvise(mmap.MADV_DONTNEED)
         give_back()
 
     @contextmanager

@@ -17,7 +17,7 @@ import yaml
 WINDOWS = {
     "dtype": "bfloat16",
     "calibration": {"samples": 32, "length": 512},
-    "evaluation": {"samples": 32, "length": 512},
+    "evaluation": {"samples": 16, "length": 512},
 }
 PRUNED = {
     "dense": [],
@@ -39,6 +39,12 @@ WRITTEN = {
     "GGUF q8_0": {"gguf": {"outtype": "q8_0"}},
     "GGUF q4_0": {"gguf": {"outtype": "q4_0"}},
 }
+COMBINED = {
+    "depth + OSSCAR": list(WRITTEN),
+    "OSSCAR global": ["torchao int8", "ONNX int8", "OpenVINO int8", "GGUF q8_0"],
+    "dense": ["GPTQ 4 bits", "ONNX int8", "OpenVINO int4", "GGUF q4_0"],
+}
+"""What each way to prune is combined with."""
 HEADER = ["recipe", "parameters", "MB on disk", "perplexity", "tokens per second"]
 
 
@@ -76,14 +82,15 @@ def row(name: str, report: dict) -> list[str]:
 
 def rows(options: argparse.Namespace):
     """The rows of the table, each as soon as it is known."""
-    for pruned, steps in PRUNED.items():
+    for pruned, names in COMBINED.items():
+        steps = PRUNED[pruned]
         base = options.work / slug(pruned)
         if steps:
             if problem := run(steps, options.model, base, options):
                 yield [pruned, problem, "", "", ""]
                 continue
             report = report_of(base)
-            if pruned == next(name for name, passes in PRUNED.items() if passes):
+            if pruned == next(iter(COMBINED)):
                 before = report["perplexity"]
                 yield [
                     "dense",
@@ -93,7 +100,8 @@ def rows(options: argparse.Namespace):
                     f"{before['tokens_per_second']['before']:,.0f}",
                 ]
             yield row(pruned, report)
-        for name, step in WRITTEN.items():
+        for name in names:
+            step = WRITTEN[name]
             title = name if pruned == "dense" else f"{pruned} + {name}"
             if options.only and not any(word in title for word in options.only):
                 continue
