@@ -192,10 +192,9 @@ class Workload:
         pending = elimination.PENDING
         kept = keep / features
         shrinking = 0.0 if one_shot or kept > elimination.SHRINK else elimination.SHRINK**2
-        if gone < elimination.FEW * keep:
-            refitting = 1 + 2 * (1 - kept)  # the factor, and columns of the inverse
-        else:
-            refitting = 2 + 2 * kept**2  # the gram whole and in two parts, the block of what is kept and its factor
+        # Where little goes: the factor, and columns of the inverse; else the gram whole and in two parts, and the block of what is kept
+        # with its factor.
+        refitting = 1 + 2 * (1 - kept) if gone < elimination.FEW * keep else 2 + 2 * kept**2
         return Cost(
             memory=self.solver(features, max(SOLVER_MATRICES + shrinking, refitting), outputs),
             solving=4 / 3 * features**3  # the factor and the inverse
