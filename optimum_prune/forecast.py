@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,8 @@ PROBED = 2 * checkpoint.PROBE_WINDOWS * checkpoint.PROBE_TOKENS
 """Tokens that a verification computes, with and without a cache."""
 RETAINED = 0.5
 """Of what a step holds at its peak, the part that the allocator does not give back to the system, but to later steps."""
+SCATTERED = 1.25
+"""What a pass takes of the system for each byte that it holds: what is free lies between what is not."""
 READING, READ = 145, 65
 """Bytes that a character of the text takes while it is tokenized, and afterwards."""
 WIKITEXT_SIZE = 11_000_000
@@ -305,6 +307,7 @@ class _Planner:
             if not isinstance(step, PrunePass):
                 continue
             cost = step.estimate(shape, self._work)
+            cost = replace(cost, memory=SCATTERED * cost.memory)
             left = cost.left if self._mapped and not offloaded else 0.0
             bound = "at most" if getattr(step, "search", None) == "racing" else ""
             yield self._step(step.name, step.stage.name, step.foresee(shape), cost, self._weights + left, bound)
