@@ -57,6 +57,13 @@ def _restart_peak() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
+def resident() -> int:
+    """Bytes of memory that this process takes now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
 def _peak() -> int:
     accelerator = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     try:

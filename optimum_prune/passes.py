@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from optimum_prune.anatomy import Family
     from optimum_prune.calibration import Calibration
+    from optimum_prune.cost import Cost, Workload
     from optimum_prune.progress import Progress
     from optimum_prune.prospect import Prospect
     from optimum_prune.runtime import Runtime
@@ -81,6 +82,13 @@ class PrunePass(Pass):
         Raises:
             RecipeError: the options ask for more than a model of this shape has.
         """
+
+    def estimate(self, shape: Shape, work: Workload) -> Cost:
+        """What deciding and cutting will take of a model of this shape, for `compress plan`; reads no weight.
+
+        If a pass does not say, it is as if it moved the calibration windows through the model once.
+        """
+        return work.walk(shape)
 
     @abstractmethod
     def decide(

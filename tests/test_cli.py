@@ -184,12 +184,12 @@ def test_plan_tells_shapes_and_sizes_and_writes_nothing(cli, llama, work):
     shutil.copy(llama / "config.json", work / "model")
     code, out, error = cli("compress", "plan", recipe, "--model", work / "model")
     assert (code, error) == (0, "")
-    rows = [line.split() for line in out.splitlines()[1:]]
-    assert [row[:-4] for row in rows] == [
-        ["as", "it", "is", "6", "2", "64"],
-        ["osscar", "PRUNE", "6", "2", "48"],
-        ["depth", "PRUNE", "4", "2", "48"],
-    ]
+    rows = {line.split()[0]: line.split() for line in out.splitlines()[1:]}
+    assert rows["loading"][1:4] == ["6", "2", "64"]
+    assert rows["osscar"][1:5] == ["PRUNE", "6", "2", "48"]
+    assert rows["depth"][1:5] == ["PRUNE", "4", "2", "48"]
+    assert {"evaluation", "saving", "verification"} <= rows.keys()
+    assert re.search(r"In all about [\d.]+ GB of memory, at most about .+, and [\d.]+ GB on disk\.", out)
     assert names(work) == ["model", "recipe.yaml"]
 
 
@@ -207,7 +207,7 @@ def test_plan_tells_the_range_where_layers_differ(llama, mixture, cli, work):
     recipe = recipe_file(work, "passes: [osscar: {ratio: 0.5}]")
     code, out, error = cli("compress", "plan", recipe, "--model", mixture)
     assert (code, error) == (0, "")
-    before, after = out.splitlines()[1:]
+    before, after = (line for line in out.splitlines() if line.startswith(("loading", "osscar")))
     assert "64, experts 24" in before
     assert re.search(r"32, experts (8|16) ", after)
 

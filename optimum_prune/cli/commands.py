@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from optimum_prune import checkpoint
-from optimum_prune.anatomy import find_family, parameters
+from optimum_prune.anatomy import parameters
 from optimum_prune.artefact import counts_of, writer_of
 from optimum_prune.calibration import Text, evaluation_windows
 from optimum_prune.cli.flags import CALIBRATION, SETTINGS, given, overridden
-from optimum_prune.compress import check_conversions, compress, foresee
+from optimum_prune.compress import compress
 from optimum_prune.conversion import folder_bytes
 from optimum_prune.errors import RecipeError
 from optimum_prune.evaluation import perplexity, perplexity_of_runtime
+from optimum_prune.forecast import forecast, free_memory
 from optimum_prune.offload import Store
 from optimum_prune.options import build, options_of
 from optimum_prune.plugins import Plugins
 from optimum_prune.progress import Progress
-from optimum_prune.prospect import Prospect
 from optimum_prune.recipe import Recipe, Settings
 from optimum_prune.report import aligned, describe
-from optimum_prune.subject import device_of, length_limit, meta_model, open_model, open_subject
+from optimum_prune.subject import device_of, length_limit, open_subject
 
 
 def prune(arguments: argparse.Namespace, plugins: Plugins) -> None:
@@ -56,32 +57,12 @@ def _compress(recipe: Recipe, arguments: argparse.Namespace) -> None:
 def plan(arguments: argparse.Namespace, plugins: Plugins) -> None:
     """`compress plan`."""
     recipe = overridden(Recipe.from_yaml(arguments.recipe, plugins), arguments)
-    opened = open_model(recipe.settings)
-    family = find_family(opened.config, plugins.families)
-    rows = [("", "stage", "layers", "heads", "FFN width", "parameters", "weights")]
-    shape = family.shape(meta_model(opened.config, recipe.settings.trust_remote_code))
-    shapes = foresee(recipe.passes, shape)
-    check_conversions(recipe.passes, Prospect(opened.config, family, shapes[-1]))
-    itemsize = checkpoint.item_size(opened.config, recipe.settings.dtype)
-    for name, stage, shape in zip(
-        ["as it is", *(step.name for step in recipe.passes)],
-        ["", *(step.stage.name for step in recipe.passes)],
-        shapes,
-        strict=True,
-    ):
-        rows.append(
-            (
-                name,
-                stage,
-                str(len(shape.layers)),
-                shape.describe_heads(),
-                shape.describe_width(),
-                f"{shape.parameters / 1e6:,.1f} M",
-                f"{shape.parameters * itemsize / 1e6:,.1f} MB",
-            )
-        )
-    if not arguments.quiet:
-        print(aligned(rows, right=True))
+    found = forecast(recipe, plugins)
+    if arguments.json:
+        print(found.to_json())
+    elif not arguments.quiet:
+        print(aligned(found.rows(), right=True))
+        print("\n".join(found.remarks(free_memory(), shutil.disk_usage(Path.cwd()).free)))
 
 
 def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:

@@ -97,6 +97,7 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
 
     plan = actions.add_parser("plan", help="Say what a recipe would do; reads no weights.")
     plan.add_argument("recipe", metavar="RECIPE.yaml", help="The recipe.")
+    plan.add_argument("--json", action="store_true", help="Print every figure as JSON.")
     add_common(plan)
     plan.set_defaults(run=commands.plan)
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from optimum_prune import layerwise
-from optimum_prune.cuts import Cuts, Decision
+from optimum_prune.cost import Cost, healing, searching
+from optimum_prune.cuts import BLOCKS, Cuts, Decision
 from optimum_prune.errors import RecipeError
 from optimum_prune.healing import heal
 from optimum_prune.hookspecs import hookimpl
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from optimum_prune.anatomy import Family
     from optimum_prune.calibration import Calibration
+    from optimum_prune.cost import Workload
     from optimum_prune.layerwise import Batch
     from optimum_prune.progress import Progress
 
@@ -85,6 +87,15 @@ class BlockPruner(PrunePass):
             return self.blocks
         assert self.ratio is not None
         return max(round(self.ratio * 2 * len(shape.layers)), 1)
+
+    def estimate(self, shape: Shape, work: Workload) -> Cost:
+        count = self._count(shape)
+        blocks = [(index, index + 1, 0.5) for index in range(len(shape.layers)) for _ in BLOCKS]
+        rounds = (
+            searching(work, shape, blocks[: len(blocks) - gone], race=self.search == "racing") for gone in range(count)
+        )
+        healed = [healing(work, shape, count / 2)] if self.heal else []
+        return Cost().then(*rounds, *healed)
 
     def decide(
         self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
 from optimum_prune import importance, layerwise, surgery
-from optimum_prune.allocation import split
+from optimum_prune.allocation import HELD_OUT, LENGTH, split
+from optimum_prune.cost import Cost, healing, searching
 from optimum_prune.cuts import Cuts, Decision
 from optimum_prune.errors import NumericalError, RecipeError
 from optimum_prune.evaluation import perplexity_of
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from optimum_prune.anatomy import Family
     from optimum_prune.calibration import Calibration
+    from optimum_prune.cost import Workload
     from optimum_prune.layerwise import Batch, Visit
 
 FINALISTS = 4
@@ -138,6 +140,40 @@ class Depth(PrunePass):
             first if self.protect_first is None else self.protect_first,
             last if self.protect_last is None else self.protect_last,
         )
+
+    def estimate(self, shape: Shape, work: Workload) -> Cost:
+        count, layers = self._count(shape), len(shape.layers)
+        few = work.on(min(HELD_OUT, work.windows), min(LENGTH, work.length))
+        cost = few.run_all(shape.layers, few.tokens).beside(few.states(3)).then(self._searching(shape, work, count))
+        if not self.heal:
+            return cost
+        if self.shape == "window" and self.criterion == "perplexity" and self.drop is None:
+            bridges = [replace(work.refit(layer, attention=False), left=0.0) for layer in shape.layers]
+            finalists = min(FINALISTS, layers - count + 1)
+            copies = finalists * max(map(work.layer, shape.layers))
+            bridging = Cost().then(*bridges).times(2 * finalists / layers).beside(work.states(2) + copies)
+            spans = [(layers // 2, layers // 2 + count, 1.0)] * finalists if layers // 2 + count <= layers else []
+            cost = cost.then(work.walk(shape), bridging, searching(few, shape, spans, race=False).beside(copies))
+        return cost.then(healing(work, shape, count))
+
+    def _searching(self, shape: Shape, work: Workload, count: int) -> Cost:
+        """What it takes to find out which layers go."""
+        layers = len(shape.layers)
+        first, last = self._protected
+        race = self.search == "racing" and self.shape != "ranked"
+        if self.drop is not None or self.criterion == "magnitude":
+            return Cost()
+        if self.criterion == "taylor":
+            backwards = work.run_all(shape.layers, work.tokens, 3).then(work.losses(work.tokens, work.length, 3))
+            weights = 2 * 4 * max(layer.parameters for layer in shape.layers)
+            return backwards.beside(work.states(layers + 2) + work.logits(work.tokens) + weights)
+        span = count if self.shape == "window" else 1
+        if self.criterion != "perplexity":
+            return work.run_all(shape.layers, work.tokens).beside(work.states() + work.on(1).states(span + 4))
+        spans = [(start, start + span, 0.0) for start in range(first, layers - last - span + 1)]
+        if self.shape != "greedy":
+            return searching(work, shape, spans, race=race)
+        return Cost().then(*(searching(work, shape, spans[: len(spans) - gone], race=race) for gone in range(count)))
 
     # Deciding
 

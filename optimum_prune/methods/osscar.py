@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 
 from optimum_prune import layerwise
-from optimum_prune.allocation import Divergence, Measured, allocate, split
+from optimum_prune.allocation import HELD_OUT, LENGTH, STRIDE, Divergence, Measured, allocate, split
 from optimum_prune.anatomy import Family, features_of
+from optimum_prune.cost import Cost
 from optimum_prune.cuts import Cuts, Decision
 from optimum_prune.elimination import Elimination, eliminate, eliminate_groups
 from optimum_prune.errors import RecipeError
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from optimum_prune.calibration import Calibration
+    from optimum_prune.cost import Workload
 
 LARGEST_MULTIPLE = 64
 EXPERT_MULTIPLE = 8
@@ -214,6 +216,54 @@ class Osscar(PrunePass):
     def _multiple(self, width: int, experts: bool) -> int:
         multiple = self.multiple_of or _usual_multiple(width)
         return math.lcm(multiple, EXPERT_MULTIPLE) if experts else multiple
+
+    def estimate(self, shape: Shape, work: Workload) -> Cost:
+        pairs = list(zip(shape.layers, self.foresee(shape).layers, strict=True))
+        streams = 2 if self._correction else 1
+        walk = work.walk(shape, streams)
+        each = [self._cutting(work, before, after).beside(work.states(streams)) for before, after in pairs]
+        if self.allocation == "uniform":
+            return walk.then(*each)
+        few = work.on(min(HELD_OUT, work.windows), min(LENGTH, work.length))
+        one, halves = replace(work, windows=max(work.windows - few.windows, 1)), range(len(pairs))
+        trials = [self._trying(one, few, shape, index, pairs[index][1]) for index in halves]
+        return Cost().then(*trials).beside(work.states() + few.states(6)).then(walk, *each)
+
+    def _cutting(self, work: Workload, before: LayerShape, after: LayerShape) -> Cost:
+        """What it takes to cut one layer, besides moving the hidden states through it."""
+        heads, width = after.heads < before.heads, after.width < before.width
+        left = after.heads * after.per_head if heads or self.allocation == "global" else 0
+        left += after.width * after.per_channel if width else 0
+        left += after.expert_width * after.per_expert_channel if after.expert_width < before.expert_width else 0
+        cost, kept = work.run(before, work.tokens), work.observed(before, heads=heads)
+        features = work.queries(before)
+        if heads:
+            found = work.eliminating(features, work.queries(after), one_shot=True)
+            cost = cost.then(found, work.summing(features).beside(work.gram(features))).then(Cost(kept))
+        if width:
+            narrowing = Cost(work.tokens * after.width * work.itemsize + work.gram(before.width))
+            found = work.eliminating(before.width, after.width, self.one_shot)
+            if self._correction:
+                found = found.then(work.fitting(before.width))
+            cost = cost.then(found, work.summing(before.width).beside(work.gram(before.width)), narrowing)
+        if experts := before.per_expert_channel // (3 * work.hidden) if before.expert_width else 0:
+            found = work.eliminating(before.expert_width, after.expert_width, self.one_shot).times(experts)
+            summing = work.summing(before.expert_width, work.tokens * work.active * experts)
+            cost = cost.then(found, summing).beside(experts * 4 * before.expert_width**2)
+        return replace(cost.beside(kept), left=0.0 if work.offloaded else left * work.itemsize)
+
+    def _trying(self, work: Workload, few: Workload, shape: Shape, index: int, after: LayerShape) -> Cost:
+        """What it takes to measure a layer cut to a few sizes."""
+        layer, behind = shape.layers[index], shape.layers[index + 1 :]
+        parts = () if index in self.protect else self._parts(layer, after)
+        costs = [work.run(layer, work.tokens)]
+        for part in parts:
+            count = len(part.sizes) + 1
+            copies = count * (work.layer(layer) + 8 * work.hidden * layer.width)
+            trial = self._cutting(work, layer, layer.narrowed(**{part.field: part.sizes[-1]}))
+            runs = few.run_all(behind, few.tokens, count).then(few.losses(few.tokens / STRIDE, few.length, count))
+            costs += [trial.times(len(part.sizes)), runs.beside(copies + work.observed(layer, heads=True))]
+        return replace(Cost().then(*costs), left=0.0)
 
     # Deciding
 
