@@ -7,6 +7,7 @@ width. After writing, llama.cpp must find the tokens that the checkpoint's own t
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -91,6 +92,9 @@ class Gguf(FolderPass):
             _quantize(between, file, self.outtype)
             between.unlink()
         tokenizer.save_pretrained(job.target)
+        for name in ("config.json", "modeling_pruned.py"):  # which readers of the tokenizer look for
+            if (job.source / name).is_file():
+                shutil.copy(job.source / name, job.target)
         context = context_length(config, form)
         (job.target / "example.py").write_text(EXAMPLE.format(context=min(context, 2048)), encoding="utf-8")
         return {
