@@ -30,6 +30,9 @@ JOURNAL, BEGUN = "journal", "begun.json"
 HEAD = 2**20
 """How much of a file of weights its fingerprint reads; safetensors begin with the names and shapes of all."""
 
+CLOCKS = 60.0
+"""Seconds by which the clocks of processes and files may disagree."""
+
 Passes = Sequence[tuple[str, Mapping[str, Any]]]
 """Names and options of passes."""
 
@@ -72,8 +75,8 @@ class Unfinished:
         """
         state, begun = self._read(), self._begun()
         there = [known for known in (state, begun) if known is not None]
-        for known in there:
-            self._check_owner(known)
+        self._check_owner(STATE, state)
+        self._check_owner(f"{JOURNAL}/{BEGUN}", begun)
         fitting = [known for known in there if not self._changed(known, passes)]
         if state in fitting:
             self._saved = True
@@ -102,13 +105,12 @@ class Unfinished:
         if None in self._identity.values():
             return None
         folder, begun = self.folder / JOURNAL, self._begun()
-        if begun is not None:
-            self._check_owner(begun)
+        self._check_owner(f"{JOURNAL}/{BEGUN}", begun)
         if begun is None or self._changed(begun, passes):
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / BEGUN, self._known(passes))
         self._journal = Journal(folder)
+        _write(folder / BEGUN, self._known(passes))
         return self._journal
 
     def _known(self, passes: Passes) -> dict[str, Any]:
@@ -212,9 +214,14 @@ class Unfinished:
             return None
         return begun if {"identity", "passes", "process"} <= begun.keys() else None
 
-    def _check_owner(self, known: Mapping[str, Any]) -> None:
+    def _check_owner(self, name: str, known: Mapping[str, Any] | None) -> None:
+        """Raises an error if the process that wrote a file of this folder is still there, and not another by its number."""
+        if known is None:
+            return
         host, process = known["process"]
         if host != socket.gethostname() or process == os.getpid() or not runs(process):
+            return
+        if _started(process) > (self.folder / name).stat().st_mtime + CLOCKS:
             return
         raise OutputError(f"The process {process} is at work on {self.folder}. Wait for it, or name another --output.")
 
@@ -235,6 +242,17 @@ def runs(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _started(process: int) -> float:
+    """When a process began, in seconds since 1970."""
+    import psutil
+
+    try:
+        began: float = psutil.Process(process).create_time()
+    except psutil.Error:  # it has just ended, or is not ours to look at
+        return 0.0
+    return began
 
 
 def files_fingerprint(path: Path) -> str:

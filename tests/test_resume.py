@@ -13,7 +13,6 @@ import signal
 import socket
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import tiny
@@ -64,13 +63,13 @@ def run_command(arguments, errors, largest_file):
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     from optimum_prune.cli.main import main
 
-    with open(errors, "w") as sys.stderr:
+    with errors.open("w") as sys.stderr:
         code = main([str(argument) for argument in arguments])
     os._exit(code)
 
 
 def start(arguments, folder, largest_file=None):
-    process = FORKED.Process(target=run_command, args=(arguments, str(folder / "stderr"), largest_file))
+    process = FORKED.Process(target=run_command, args=(arguments, folder / "stderr", largest_file))
     process.start()
     return process
 
@@ -257,9 +256,9 @@ class TestTheJournal:
 
     def test_recalls_a_pass_that_is_done_without_deciding_again(self, tmp_path):
         made = []
-        for _ in range(2):
+        for _run in range(2):
             journal = Journal(tmp_path)
-            for chapter in range(2):  # two passes of one name
+            for _ in range(2):  # two passes of one name
                 found = list(journal.decisions("one", lambda: self.decisions(3, made)))
                 assert [decision.cuts for decision in found] == [Cuts(heads={number: (0, 2)}) for number in range(3)]
                 assert [dict(decision.evidence) for decision in found][1] == {
