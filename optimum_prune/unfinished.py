@@ -128,7 +128,7 @@ class Unfinished:
         ]
         there, wanted = known["passes"], json.loads(json.dumps([list(step) for step in passes]))
         if there != wanted[: len(there)]:
-            changed.append("the options of the passes that are done or under way")
+            changed.append("the options of its passes")
         return changed
 
     def save(self, checkpoint: Path, passes: Passes, facts: Mapping[str, Any]) -> Path:

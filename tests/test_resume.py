@@ -173,7 +173,7 @@ class TestAKilledRun:
     @pytest.mark.parametrize(
         ("more", "changed"),
         [
-            (["--ratio", 0.5], "the options of the passes that are done or under way"),
+            (["--ratio", 0.5], "the options of its passes"),
             (["--seed", 1], "the calibration, dtype, device or seed"),
             (["--samples", 5], "the calibration"),
             (["--dtype", "bfloat16"], "dtype, device or seed"),
