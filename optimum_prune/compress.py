@@ -56,8 +56,8 @@ def compress(
         progress: where to show progress; nowhere if not given.
 
     Raises:
-        OptimumPruneError: whatever a user can mend; then there is no output folder. What was finished by then, if the recipe goes
-            on after pruning, is kept beside it, and the message says where.
+        OptimumPruneError: whatever a user can mend; then there is no output folder. What was finished by then is kept beside it if
+            the same run, or its later passes mended, can go on from there; the message says where.
     """
     progress = progress or Progress()
     plugins = load_plugins(hooks)
@@ -75,9 +75,9 @@ def compress(
         _check_disk(staging.root, foreseen.parameters * checkpoint.item_size(subject.config, recipe.settings.dtype))
         unfinished = Unfinished(Path(output), _identity(recipe.settings, subject, texts))
         run = Run(recipe, texts, plugins, staging, unfinished, progress, meter)
+        report = run.found(resume)
         with unfinished.told():
-            report = run.found(resume) or run.pruned(subject, family)
-            report = run.converted(report)
+            report = run.converted(report or run.pruned(subject, family))
         report = replace(report, seconds=report.seconds + meter.seconds)
         _write(staging.result, replace(recipe, settings=replace(recipe.settings, model=subject.name)), report)
     unfinished.remove()

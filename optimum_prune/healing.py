@@ -77,10 +77,10 @@ def heal(
             except NumericalError as error:
                 yield Decision(evidence={"not_healed": str(error)})
                 return
-            yield from _bridge(visit, family, blocks, attended, behind, goal, damping)
+            yield from _bridge(visit, family, blocks, attended, behind, goal, damping, progress)
             strength = CORRECTION
         elif strength:
-            yield from _correct(visit, family, blocks, attended, behind, strength)
+            yield from _correct(visit, family, blocks, attended, behind, strength, progress)
             strength *= FADING
 
 
@@ -101,6 +101,7 @@ def _bridge(
     behind: list[Tensor],
     goal: list[Tensor],
     damping: float,
+    progress: Progress,
 ) -> Iterator[Decision]:
     """Refits what is left of a layer so that it puts out the goal, which lies behind the gap."""
     path = projection(visit, family, blocks)
@@ -108,27 +109,44 @@ def _bridge(
         return
     if len(blocks) > 1:
         wanted = [middle + far - near for middle, far, near in zip(attended, goal, behind, strict=True)]
-        yield from _refit(visit, family, wanted, damping, family.attention_output, SHARE)
-    yield from _refit(visit, family, goal, damping, path, 1.0)
+        yield from _refit(visit, family, wanted, damping, family.attention_output, SHARE, progress)
+    yield from _refit(visit, family, goal, damping, path, 1.0, progress)
 
 
 def _correct(
-    visit: Visit, family: Family, blocks: Sequence[str], attended: list[Tensor], behind: list[Tensor], strength: float
+    visit: Visit,
+    family: Family,
+    blocks: Sequence[str],
+    attended: list[Tensor],
+    behind: list[Tensor],
+    strength: float,
+    progress: Progress,
 ) -> Iterator[Decision]:
     """Moves what a layer puts out some way towards what it puts out in the dense model."""
     if "attention" in blocks:
-        yield from _refit(visit, family, attended, DAMPING, family.attention_output, strength)
+        yield from _refit(visit, family, attended, DAMPING, family.attention_output, strength, progress)
     if projection(visit, family, blocks) == family.feed_forward.output:
-        yield from _refit(visit, family, behind, DAMPING, family.feed_forward.output, strength)
+        yield from _refit(visit, family, behind, DAMPING, family.feed_forward.output, strength, progress)
 
 
 def _refit(
-    visit: Visit, family: Family, goal: list[Tensor], damping: float, path: str, strength: float
+    visit: Visit,
+    family: Family,
+    goal: list[Tensor],
+    damping: float,
+    path: str,
+    strength: float,
+    progress: Progress,
 ) -> Iterator[Decision]:
     """New weights of one projection; none where a norm follows it."""
-    if weights := refitted(visit, family, goal, damping, path, strength):
+
+    def refit() -> Decision | None:
+        weights = refitted(visit, family, goal, damping, path, strength)
         evidence = {"healed": visit.index, "projection": path, "strength": strength}
-        yield Decision(weights=weights, evidence=evidence)
+        return Decision(weights=weights, evidence=evidence) if weights else None
+
+    if decision := progress.once(f"{path} of layer {visit.index}", refit):
+        yield decision
 
 
 def projection(visit: Visit, family: Family, blocks: Sequence[str]) -> str | None:

@@ -175,6 +175,10 @@ Add = Callable[["Float[Tensor, 'tokens features']"], None]
 """What is done with the rows of activations that a visit observes."""
 
 
+def _ignore(_: Tensor) -> None:
+    pass
+
+
 class Visit:
     """A decoder layer, and the hidden states that reach it.
 
@@ -246,13 +250,17 @@ class Visit:
                 self._run(position)
 
     def narrow_heads(self, kept: Sequence[int]) -> None:
-        """Keeps only these of the observed heads, as the cut of this layer will: before it is made."""
+        """Keeps only these of the heads, as the cut of this layer will: before it is made."""
+        if not self._heads:  # the decision was made in an earlier run, for which they were observed
+            self.observe_heads(_ignore)
         counts = self._family.head_counts(self.layer)
         index = features_of(kept, counts.queries * counts.size)
         self._heads = [self._keep(heads[..., index.to(heads.device)]) for heads in self._heads]
 
     def narrow(self, kept: Sequence[int]) -> None:
-        """Keeps only these of the observed channels, likewise."""
+        """Keeps only these of the channels, likewise."""
+        if not self._channels:
+            self.observe_channels(_ignore)
         index = torch.tensor(kept)
         self._channels = [self._keep(channels[..., index.to(channels.device)]) for channels in self._channels]
 

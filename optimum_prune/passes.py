@@ -98,6 +98,8 @@ class PrunePass(Pass):
 
         A pass that looks at one layer at a time can therefore yield a decision for a layer and go on with the stream of
         the model as it is after that cut. The pass itself changes nothing.
+
+        Of a run that was killed, a pass that was not done is decided again; `progress.once` spares it what it had computed by then.
         """
 
 

@@ -1,16 +1,19 @@
-"""Progress bars, silent where nobody watches."""
+"""How far a run is: bars, silent where nobody watches, and what is kept in case that it is killed."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from shutil import get_terminal_size
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from optimum_prune.journal import Journal
 
 T = TypeVar("T")
 
@@ -22,6 +25,8 @@ class Progress:
     visible: bool = False
     output: bool = False
     """Whether sentences, and what a pass in another interpreter prints, are shown on stderr."""
+    journal: Journal | None = None
+    """Where what takes long is kept once it is computed; nowhere if None."""
 
     @classmethod
     def for_terminal(cls, quiet: bool = False) -> Progress:
@@ -34,6 +39,10 @@ class Progress:
         hidden = not self.visible
         bar = tqdm(items, description, total, leave=False, disable=hidden, ncols=size.columns, nrows=size.lines)
         return iter(bar)
+
+    def once(self, what: str, compute: Callable[[], T]) -> T:
+        """What `compute` returns; computed once, even if the run is killed later and goes on. See `Journal.once`."""
+        return compute() if self.journal is None else self.journal.once(what, compute)
 
     def say(self, sentence: str) -> None:
         """Puts a sentence on stderr, if anything is to be shown."""

@@ -48,7 +48,7 @@ class Aim:
         self, name: str, linear: Linear, result: Elimination, gram: Gram, inputs: Sequence[int]
     ) -> dict[str, Tensor]:
         """New weights of the projection by their names; its bias takes over the mean of what the kept inputs do not give."""
-        weights = {f"{name}.weight": linear.stored(result.weight)}
+        weights = {f"{name}.weight": linear.stored(result.weight.to(linear.weight.dtype))}
         if self.bias is not None:
             lost = self.weight.double() @ gram.mean - result.weight @ gram.mean[list(inputs)]
             weights[f"{name}.bias"] = self.bias + lost
@@ -56,7 +56,7 @@ class Aim:
 
     def whole(self, name: str, linear: Linear) -> dict[str, Tensor]:
         """New weights of the projection by their names, with all its inputs."""
-        weights = {f"{name}.weight": linear.stored(self.weight)}
+        weights = {f"{name}.weight": linear.stored(self.weight.to(linear.weight.dtype))}
         return weights if self.bias is None else {**weights, f"{name}.bias": self.bias}
 
 

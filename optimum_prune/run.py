@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,12 +95,13 @@ class Run:
         model = subject.load(store)
         _check_rotary(model, subject.name)
         count, size = parameters(model), checkpoint.weight_bytes(model)
-        before = self.perplexity(model)
+        journal = self.unfinished.journal([(step.name, as_plain(step)) for step in self.pruning])
+        progress = replace(self.progress, journal=journal)
+        measured = progress.once("perplexity", lambda: _plain(self.perplexity(model)))
+        before = None if measured is None else Perplexity(**measured)
         give_back()
         calibration = replace(self.texts.calibration, shelf=self.shelf(subject.offloads))
-        outcomes = [
-            prune(step, model, family, calibration, self.plugins, self.progress, store) for step in self.pruning
-        ]
+        outcomes = [prune(step, model, family, calibration, self.plugins, progress, store) for step in self.pruning]
         checkpoint.save(model, subject.tokenizer, folder, self.progress, store)
         for file in subject.companions:
             shutil.copy(file, folder)
@@ -286,8 +288,9 @@ def prune(
     before = family.shape(model)
     expected = step.foresee(before)
     cuts, evidence = Cuts(), []
+    decide, journal = partial(step.decide, model, family, calibration, progress), progress.journal
     with Meter() as meter:
-        for decision in step.decide(model, family, calibration, progress):
+        for decision in decide() if journal is None else journal.decisions(step.name, decide):
             surgery.carry_out(model, family, decision)
             if store is not None:
                 store.settle(model)
@@ -304,6 +307,10 @@ def prune(
     outcome = Outcome(step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, cuts, tuple(evidence))
     plugins.manager.hook.pass_finished(outcome=outcome)
     return outcome
+
+
+def _plain(perplexity: Perplexity | None) -> dict[str, Any] | None:
+    return None if perplexity is None else asdict(perplexity)
 
 
 def _describe(calibration: Calibration, seed: int) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,23 +100,31 @@ def measure(
     def as_it_stands(batch: Batch, index: int, hidden: Tensor) -> Tensor:
         return batch.run(layers[index], index, hidden)
 
-    run_layer = run_layer or as_it_stands
+    run = run_layer or as_it_stands
+
+    def losses_on(batch: Batch, hidden: Tensor) -> list[Tensor]:
+        """Of each token: what the model itself loses, then each variant that is in the race."""
+        found = []
+        for first in range(0, len(racing), together):
+            group = [variants[index] for index in racing[first : first + together]]
+            for position, end in enumerate(_ends(batch, hidden, group, len(layers), run)):
+                if position > 0 or first == 0:  # the model itself once
+                    found.append(_token_losses(model, family, batch, end))
+        return found
+
     racing = list(range(len(variants)))
     found: list[list[Tensor]] = [[] for _ in range(len(variants) + 1)]
     windows, together = _at_once(model, family, calibration, len(variants), race)
     stream = layerwise.embed(model, family, calibration, windows * calibration.tokens.shape[1])
     for batch, hidden in progress.track(stream, description):
-        for first in range(0, len(racing), together):
-            group = racing[first : first + together]
-            ends = _ends(batch, hidden, [variants[index] for index in group], len(layers), run_layer)
-            for index, end in zip([len(variants), *group], ends, strict=True):
-                if index < len(variants) or first == 0:  # the model itself once
-                    found[index].append(_token_losses(model, family, batch, end))
+        of_batch = progress.once(description, partial(losses_on, batch, hidden))
+        for index, each in zip([len(variants), *racing], of_batch, strict=True):
+            found[index].append(each)
         if race:
             racing = _still_racing(racing, [torch.cat(found[index]) for index in racing])
-    *each, base = [torch.cat(losses) for losses in found]
-    means, tokens = tuple(map(_finite_mean, each)), tuple(map(len, each))
-    best = each[min((mean, index) for index, mean in enumerate(means) if tokens[index] == max(tokens))[1]]
+    *alternatives, base = [torch.cat(pieces) for pieces in found]
+    means, tokens = tuple(map(_finite_mean, alternatives)), tuple(map(len, alternatives))
+    best = alternatives[min((mean, index) for index, mean in enumerate(means) if tokens[index] == max(tokens))[1]]
     behind = tuple(mean - _finite_mean(best[:count]) for mean, count in zip(means, tokens, strict=True))
     return Losses(base.double().mean().item(), means, tokens, behind)
 

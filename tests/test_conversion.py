@@ -231,7 +231,7 @@ class TestARunThatFailsLate:
 
     def test_is_begun_anew_for_another_recipe_and_told_so_if_it_is_to_be_resumed(self, recipe, tmp_path, text_file):
         self.fail(recipe, tmp_path / "out", Depth(layers=1), Archive(fail="raise"))
-        with pytest.raises(RecipeError, match=r"the options of the passes that are done changed"):
+        with pytest.raises(RecipeError, match=r"the options of its passes changed"):
             compress(recipe(Depth(layers=2), Archive()), tmp_path / "out", resume=True)
         other = replace(
             recipe(Depth(layers=1), Archive()), calibration=Text(text=str(text_file), samples=5, length=24)

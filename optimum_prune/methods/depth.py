@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -182,7 +183,7 @@ class Depth(PrunePass):
     ) -> Iterator[Decision]:
         shape = family.shape(model)
         gone, evidence = self._search(model, family, calibration, self._count(shape), progress)
-        influence = {} if self.drop else _influence(model, family, calibration)
+        influence = {} if self.drop else progress.once("influence", lambda: _influence(model, family, calibration))
         if self.heal:
             layers = family.layers_of(model)
             kept = {index: () if index in gone else family.blocks_of(layer) for index, layer in enumerate(layers)}
@@ -207,14 +208,18 @@ class Depth(PrunePass):
             losses = self._measured(model, family, calibration, starts, span, progress)
             ranked, evidence = [starts[index] for index in losses.ranked], perplexities(losses, "window_from", starts)
         else:
-            scores = self._scores(model, family, calibration, span, progress)
+            scores = progress.once("scores", lambda: self._scores(model, family, calibration, span, progress))
             ranked = sorted(starts, key=lambda start: scores[start])
             evidence = {f"{self.criterion}_from": {start: scores[start] for start in starts}}
         if self.shape == "ranked":
             return ranked[:count], evidence
         start = ranked[0]
         if self.heal and self.criterion == "perplexity":
-            start, healed = self._best_healed(model, family, calibration, ranked[:FINALISTS], span, progress)
+            finalists = ranked[:FINALISTS]
+            start, healed = progress.once(
+                "best healed window",
+                lambda: self._best_healed(model, family, calibration, finalists, span, progress),
+            )
             evidence["perplexity_healed_without_window_from"] = healed
         return range(start, start + span), evidence
 
@@ -302,7 +307,9 @@ class Depth(PrunePass):
                 start = visit.index + 1
                 if start not in variants:
                     continue
-                weights = _bridged(visit, family, model, range(start, start + span), self.damping)
+                gap = range(start, start + span)
+                bridge = partial(_bridged, visit, family, model, gap, self.damping)
+                weights = progress.once(f"what bridges layers {start} to {gap[-1]}", bridge)
                 layer = surgery.changed_layer(model, family, Decision(weights=weights), visit.index)
                 variants[start] = Variant(visit.index, start + span, _as_layer(layer, visit.index))
         order = sorted(variants)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise, repeat
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -288,15 +289,14 @@ class Osscar(PrunePass):
                 continue
             before, target = shape.layers[visit.index], targets[visit.index]
             if target.heads < before.heads:
-                heads = self._decide_heads(visit, family, observed_heads(visit, family), target.heads)
+                heads = self._decided(visit, family, "heads", target.heads, progress)
                 visit.narrow_heads(heads.cuts.heads[visit.index])
                 yield heads
             if target.expert_width < before.expert_width:
-                yield self._decide_experts(visit, family, _observed_experts(visit, family), target.expert_width)
+                yield self._decided(visit, family, "expert_width", target.expert_width, progress)
             if target.width < before.width or (changed and reference is not None and before.width):
-                gram = observed_channels(visit, family)
-                aim = self._aim(visit, family, gram, reference if changed else None)
-                channels = self._decide_channels(visit, family, gram, target.width, aim)
+                goal = reference if changed else None
+                channels = self._decided(visit, family, "width", target.width, progress, goal)
                 visit.narrow(channels.cuts.channels[visit.index])
                 yield channels
             changed |= target != before
@@ -319,20 +319,44 @@ class Osscar(PrunePass):
         progress: Progress,
     ) -> list[list[Measured]]:
         """What it costs the model to narrow each part of each layer alone."""
-        windows, held_out = split(calibration)
-        divergence = Divergence(model, family, held_out)
+        parts = [
+            () if index in self.protect else tuple(self._parts(layer, target))
+            for index, (layer, target) in enumerate(zip(shape.layers, uniform.layers, strict=True))
+        ]
+        losses = progress.once("costs", lambda: self._losses(model, family, calibration, parts, progress))
         measured = []
-        visits = layerwise.walk(model, family, windows, progress, "Measuring what narrowing a layer costs")
-        for visit, probe in zip(visits, layerwise.walk(model, family, held_out, Progress(), ""), strict=True):
-            layer, target = shape.layers[visit.index], uniform.layers[visit.index]
-            parts = () if visit.index in self.protect else self._parts(layer, target)
+        for layer, of_layer, found in zip(shape.layers, parts, losses, strict=True):
             costs = []
-            for part in parts:
-                losses = divergence.of(probe, self._decisions(visit, family, part))
-                known = zip((getattr(layer, part.field), *part.sizes), (0.0, *losses), strict=True)
+            for part, each in zip(of_layer, found, strict=True):
+                known = zip((getattr(layer, part.field), *part.sizes), (0.0, *each), strict=True)
                 costs.append(Measured(part.field, tuple(known), part.unit, part.parameters))
             measured.append(costs)
         return measured
+
+    def _losses(
+        self,
+        model: PreTrainedModel,
+        family: Family,
+        calibration: Calibration,
+        parts: Sequence[Sequence[_Part]],
+        progress: Progress,
+    ) -> list[list[list[float]]]:
+        """Of each layer, for each part of it that may be narrowed, what each size costs the model."""
+        windows, held_out = split(calibration)
+        divergence = Divergence(model, family, held_out)
+
+        def measure(visit: Visit, probe: Visit) -> list[list[float]]:
+            return [
+                divergence.of(probe, self._decisions(visit, family, part.field, part.sizes))
+                for part in parts[visit.index]
+            ]
+
+        visits = layerwise.walk(model, family, windows, progress, "Measuring what narrowing a layer costs")
+        probes = layerwise.walk(model, family, held_out, Progress(), "")
+        return [
+            progress.once(f"costs of layer {visit.index}", partial(measure, visit, probe))
+            for visit, probe in zip(visits, probes, strict=True)
+        ]
 
     def _parts(self, layer: LayerShape, uniform: LayerShape) -> Iterator[_Part]:
         """What of a layer may be narrowed, and to which sizes it is to measure."""
@@ -347,17 +371,36 @@ class Osscar(PrunePass):
             sizes = _trials(layer.expert_width, uniform.expert_width, multiple)
             yield _Part("expert_width", sizes, multiple, layer.per_expert_channel)
 
-    def _decisions(self, visit: Visit, family: Family, part: _Part) -> list[Decision]:
+    def _decided(
+        self,
+        visit: Visit,
+        family: Family,
+        field: str,
+        size: int,
+        progress: Progress,
+        reference: Visit | None = None,
+    ) -> Decision:
+        """How a part of the layer is narrowed to a size; decided once, even if the run is killed and goes on."""
+
+        def decide() -> Decision:
+            (decision,) = self._decisions(visit, family, field, (size,), reference)
+            return decision
+
+        return progress.once(f"{field} of layer {visit.index}", decide)
+
+    def _decisions(
+        self, visit: Visit, family: Family, field: str, sizes: Sequence[int], reference: Visit | None = None
+    ) -> list[Decision]:
         """How each size of a part of the layer would be reached."""
-        if part.field == "heads":
+        if field == "heads":
             gram = observed_heads(visit, family)
-            return [self._decide_heads(visit, family, gram, size) for size in part.sizes]
-        if part.field == "width":
+            return [self._decide_heads(visit, family, gram, size) for size in sizes]
+        if field == "width":
             gram = observed_channels(visit, family)
-            aim = self._aim(visit, family, gram, None)
-            return [self._decide_channels(visit, family, gram, size, aim) for size in part.sizes]
+            aim = self._aim(visit, family, gram, reference)
+            return [self._decide_channels(visit, family, gram, size, aim) for size in sizes]
         grams = _observed_experts(visit, family)
-        return [self._decide_experts(visit, family, grams, size) for size in part.sizes]
+        return [self._decide_experts(visit, family, grams, size) for size in sizes]
 
     def _decide_heads(self, visit: Visit, family: Family, gram: Gram, keep: int) -> Decision:
         assert family.heads is not None
