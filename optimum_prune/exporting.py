@@ -80,7 +80,9 @@ def trace(model: PreTrainedModel, *, masked: bool = True, limits: Limits | None 
 
     limits = limits or Limits()
     windows = 1 if limits.windows == 1 else 2
-    tokens = torch.arange(windows * BEFORE).reshape(windows, BEFORE) % min(100, model.config.get_text_config().vocab_size)
+    tokens = torch.arange(windows * BEFORE).reshape(windows, BEFORE) % min(
+        100, model.config.get_text_config().vocab_size
+    )
     mask = torch.ones_like(tokens)
     if masked:  # a mask of ones would be left out
         mask[0, 0] = 0
@@ -101,7 +103,8 @@ def trace(model: PreTrainedModel, *, masked: bool = True, limits: Limits | None 
         if isinstance(value, Tensor)
     }
     shapes["past_key_values"] = [
-        {0: any_windows, 2: _up_to(limits.before)} if leaf.ndim == 4 else {} for leaf in torch.utils._pytree.tree_leaves(cache)
+        {0: any_windows, 2: _up_to(limits.before)} if leaf.ndim == 4 else {}
+        for leaf in torch.utils._pytree.tree_leaves(cache)
     ]
     return Trace(component, inputs, {name: shapes[name] for name in inputs if name in shapes})
 
@@ -128,7 +131,9 @@ def first_inputs(traced: Trace, tokens: Int[Tensor, "w t"]) -> dict[str, Any]:
     cache = copy.deepcopy(traced.inputs["past_key_values"])
     for layer in cache.layers:
         if layer.is_initialized:
-            layer.keys, layer.values = (each[:1, :, :0].repeat(windows, 1, 1, 1) for each in (layer.keys, layer.values))
+            layer.keys, layer.values = (
+                each[:1, :, :0].repeat(windows, 1, 1, 1) for each in (layer.keys, layer.values)
+            )
     inputs = {
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimum_prune import checkpoint, conversion, elsewhere, surgery
+from optimum_prune import checkpoint, conversion, distributed, elsewhere, surgery
 from optimum_prune.anatomy import Family, parameters
 from optimum_prune.calibration import Calibration
 from optimum_prune.cuts import Cuts
@@ -88,7 +88,8 @@ class Run:
     def pruned(self, subject: Subject, family: Family) -> Report:
         """Loads, measures, prunes and saves the model, reloads it and measures it again. What it loads is gone afterwards."""
         settings, folder = self.recipe.settings, self.staging.result
-        store = Store(self.staging.root / "offloaded") if subject.offloads else None
+        aside = self.staging.root / f"offloaded-{distributed.rank()}"
+        store = Store(aside) if subject.offloads else None
         model = subject.load(store)
         _check_rotary(model, subject.name)
         count, size = parameters(model), checkpoint.weight_bytes(model)
@@ -97,9 +98,11 @@ class Run:
             prune(step, model, family, self.texts.calibration, self.plugins, self.progress, store)
             for step in self.pruning
         ]
-        checkpoint.save(model, subject.tokenizer, folder, self.progress, store)
-        for file in subject.companions:
-            shutil.copy(file, folder)
+        if distributed.first():
+            checkpoint.save(model, subject.tokenizer, folder, self.progress, store)
+            for file in subject.companions:
+                shutil.copy(file, folder)
+        distributed.wait()
         probe, dtype = checkpoint.probe(model, self.texts.calibration.tokens), model.dtype
         del model
         reloaded, verified = checkpoint.verify(
@@ -114,11 +117,13 @@ class Run:
             perplexity=Change(before, after) if before and after else None,
             passes=tuple(outcomes),
             calibration=_describe(self.texts.calibration, settings.seed),
+            processes=distributed.size(),
             verified=verified,
             seconds=0.0,
             stock=not hasattr(reloaded.config, "pruned"),
         )
-        self.keep(report)
+        if distributed.first():
+            self.keep(report)
         return report
 
     def perplexity(self, model: PreTrainedModel) -> Perplexity | None:
@@ -272,12 +277,14 @@ def prune(
     Raises:
         SurgeryError: the model's shape is not what the pass foresaw.
     """
-    plugins.manager.hook.before_pass(step=step, model=model)
+    if distributed.first():
+        plugins.manager.hook.before_pass(step=step, model=model)
     before = family.shape(model)
     expected = step.foresee(before)
     cuts, evidence = Cuts(), []
     with Meter() as meter:
         for decision in step.decide(model, family, calibration, progress):
+            distributed.agreed(decision.cuts)
             surgery.carry_out(model, family, decision)
             if store is not None:
                 store.settle(model)
@@ -292,7 +299,8 @@ def prune(
             f"The pass '{step.name}' left a model of {found.describe()} where it foresaw {expected.describe()}. Please report it."
         )
     outcome = Outcome(step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, cuts, tuple(evidence))
-    plugins.manager.hook.pass_finished(outcome=outcome)
+    if distributed.first():
+        plugins.manager.hook.pass_finished(outcome=outcome)
     return outcome
 
 
