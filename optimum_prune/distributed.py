@@ -179,7 +179,7 @@ def share(windows: Calibration) -> Calibration:
 
 
 def steps(items: Sequence[T]) -> list[T | None]:
-    """This process's items, then None as often as the first process, which has the most windows, has more."""
+    """The items of this process, then None as often as the first process, which has the most windows, has more."""
     return [*items, *[None] * (by_first(lambda: len(items)) - len(items))]
 
 

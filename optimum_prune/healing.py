@@ -107,7 +107,9 @@ def _bridge(
     if path is None:
         return
     if len(blocks) > 1:
-        wanted = [middle + far - near for middle, far, near in zip(attended, goal, behind, strict=True)]
+        wanted = [
+            middle + far.to(middle.device) - near for middle, far, near in zip(attended, goal, behind, strict=True)
+        ]
         yield from _refit(visit, family, wanted, damping, family.attention_output, SHARE)
     yield from _refit(visit, family, goal, damping, path, 1.0)
 

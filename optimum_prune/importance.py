@@ -100,9 +100,8 @@ def distances(
         for index, layer in enumerate(layers):
             recent.append(batch.run(layer, index, recent[-1]))
             if len(recent) > span:
-                cosine = nn.functional.cosine_similarity(
-                    recent.pop(0)[counted].double(), recent[-1][counted].double(), dim=-1
-                )
+                before, behind = (each[counted.to(each.device)].double() for each in (recent.pop(0), recent[-1]))
+                cosine = nn.functional.cosine_similarity(before.to(behind.device), behind, dim=-1)
                 away = cosine.clamp(-1, 1).arccos() / torch.pi if angular else 1 - cosine
                 totals[index + 1 - span] += away.sum().cpu()
     *totalled, counted_in_all = distributed.all_sums([*totals, count])

@@ -91,6 +91,7 @@ class Run:
         aside = self.staging.root / f"offloaded-{distributed.rank()}"
         store = Store(aside) if subject.offloads else None
         model = subject.load(store)
+        _check_resident(model, subject.name)
         _check_rotary(model, subject.name)
         count, size = parameters(model), checkpoint.weight_bytes(model)
         before = self.perplexity(model)
@@ -104,9 +105,16 @@ class Run:
                 shutil.copy(file, folder)
         distributed.wait()
         probe, dtype = checkpoint.probe(model, self.texts.calibration.tokens), model.dtype
+        spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
         del model
         reloaded, verified = checkpoint.verify(
-            folder, probe, dtype, device_of(settings), settings.trust_remote_code, self.progress, store
+            folder,
+            probe,
+            dtype,
+            "auto" if spread else device_of(settings),
+            settings.trust_remote_code,
+            self.progress,
+            store,
         )
         after, left = self.perplexity(reloaded), parameters(reloaded)
         report = Report(
@@ -248,6 +256,15 @@ def _whole(windows: Calibration) -> Calibration | None:
     """The windows without padding, which runtimes take; none if all have some."""
     kept = windows.mask.all(dim=1)
     return replace(windows, tokens=windows.tokens[kept], mask=windows.mask[kept]) if kept.any() else None
+
+
+def _check_resident(model: PreTrainedModel, name: str) -> None:
+    """Refuses a model some of whose weights accelerate loads only while they are used."""
+    if missing := [weight for weight, value in model.named_parameters() if value.is_meta]:
+        raise SurgeryError(
+            f"{len(missing)} weights of {name}, such as {missing[0]}, are not in memory: its device_map leaves them on the CPU or on disk "
+            f"until they are used. Load it onto devices that hold all of it, or give its folder and let optimum-prune --offload it."
+        )
 
 
 def _check_rotary(model: PreTrainedModel, name: str) -> None:
