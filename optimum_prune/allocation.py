@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_prune import layerwise, surgery
+from optimum_prune import distributed, layerwise, surgery
 from optimum_prune.evaluation import Reference
 from optimum_prune.shape import LayerShape
 
@@ -69,7 +69,7 @@ class Divergence:
             for pieces in zip(*(self._logits(batch, each) for each in (end, *ends)), strict=True):
                 reference = Reference(pieces[0])
                 totals = [total + reference.divergence(piece) for total, piece in zip(totals, pieces[1:], strict=True)]
-        return [total / self._tokens for total in totals]
+        return [total / self._tokens for total in distributed.all_sums(totals)]
 
     def _logits(self, batch: layerwise.Batch, hidden: torch.Tensor) -> Iterator[torch.Tensor]:
         """Window by window, where tokens count."""

@@ -430,6 +430,7 @@ def verify(
     """Reloads a saved checkpoint with stock transformers and compares its logits with those of the model that was saved.
 
     Args:
+        device: "auto" spreads it over all devices.
         store: where its weights stay on disk; in memory if not given.
 
     Returns:
@@ -439,7 +440,7 @@ def verify(
         VerificationError: keys that are missing, unexpected or of another shape, or logits that differ.
     """
     if store is None:
-        model = _reloaded(folder, dtype, trust_remote_code, progress).to(device).eval()
+        model = _reloaded(folder, dtype, device, trust_remote_code, progress)
     else:
         model = _remapped(folder, dtype, store, progress)
     found = probe(model, expected.tokens)
@@ -452,20 +453,23 @@ def verify(
     return model, verification
 
 
-def _reloaded(folder: Path, dtype: torch.dtype, trust_remote_code: bool, progress: Progress) -> PreTrainedModel:
+def _reloaded(
+    folder: Path, dtype: torch.dtype, device: str, trust_remote_code: bool, progress: Progress
+) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
+    spread = {"device_map": "auto"} if device == "auto" else {}
     try:
         with progress.libraries():
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code
+                folder, dtype=dtype, output_loading_info=True, trust_remote_code=trust_remote_code, **spread
             )
     except Exception as error:
         raise VerificationError(f"The saved checkpoint cannot be loaded again: {reason(error)}") from error
     if problems := _key_problems(info):
         raise VerificationError(f"The saved checkpoint does not fit its config: {problems}.")
-    found: PreTrainedModel = model
-    return found
+    found: PreTrainedModel = model if spread else model.to(device)
+    return found.eval()
 
 
 def _remapped(folder: Path, dtype: torch.dtype, store: Store, progress: Progress) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from optimum_prune import checkpoint
+from optimum_prune import checkpoint, distributed
 from optimum_prune.anatomy import Family, find_family
 from optimum_prune.calibration import draw
 from optimum_prune.errors import OutputError, RecipeError
@@ -59,7 +59,7 @@ def compress(
         OptimumPruneError: whatever a user can mend; then there is no output folder. What was finished by then is kept beside it if
             the same run, or its later passes mended, can go on from there; the message says where.
     """
-    progress = progress or Progress()
+    progress = progress if progress is not None and distributed.first() else Progress()
     plugins = load_plugins(hooks)
     check_output(Path(output), overwrite)
     subject = subject or open_subject(recipe.settings, progress, families=plugins.families)
@@ -69,19 +69,24 @@ def compress(
         foreseen = foresee(recipe.passes, shape)[-1]
         check_conversions(recipe.passes, Prospect(subject.config, family, foreseen))
         with progress.libraries():
-            texts = texts or _draw(recipe, subject, family, plugins)
+            texts = distributed.by_first(lambda: texts or _draw(recipe, subject, family, plugins))
         give_back()  # tokenizing takes much more than tokens do
         _check_texts(texts, family.text_config(subject.config))
         _check_disk(staging.root, foreseen.parameters * checkpoint.item_size(subject.config, recipe.settings.dtype))
         unfinished = Unfinished(Path(output), _identity(recipe.settings, subject, texts))
         run = Run(recipe, texts, plugins, staging, unfinished, progress, meter)
-        report = run.found(resume)
+        report = distributed.by_first(lambda: run.found(resume))
         with unfinished.told():
-            report = run.converted(report or run.pruned(subject, family))
+            report = report or run.pruned(subject, family)
+            if distributed.first():
+                with distributed.alone():
+                    report = run.converted(report)
         report = replace(report, seconds=report.seconds + meter.seconds)
-        _write(staging.result, replace(recipe, settings=replace(recipe.settings, model=subject.name)), report)
-    unfinished.remove()
-    return report
+        if distributed.first():
+            _write(staging.result, replace(recipe, settings=replace(recipe.settings, model=subject.name)), report)
+    if distributed.first():
+        unfinished.remove()
+    return distributed.by_first(lambda: report)
 
 
 def foresee(steps: Sequence[Pass], shape: Shape) -> list[Shape]:

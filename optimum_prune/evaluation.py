@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from optimum_prune import distributed
 from optimum_prune.errors import NumericalError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Perplexity:
     """Whether each window begins with the beginning-of-sequence token."""
     dtype: str
     tokens_per_second: float
-    """Of the fastest batch: a machine with other work to do makes the others slower by chance."""
+    """Of the fastest batch: a machine with other work to do makes the others slower by chance. Of one process."""
 
     def protocol(self) -> dict[str, Any]:
         """All but the result: two figures with equal protocols can be compared."""
@@ -129,14 +130,15 @@ def _perplexity(
     logits: Callable[[Tensor, Tensor], Float[Tensor, "w t v"]], windows: Calibration, dtype: str, progress: Progress
 ) -> Perplexity:
     """The perplexity of what maps tokens and mask to logits."""
-    losses, speeds = [], []
-    for tokens, mask in progress.track(windows.batches(TOKENS_PER_BATCH), "Evaluating"):
+    losses, speeds = [torch.zeros(0, dtype=torch.float64)], []
+    for tokens, mask in progress.track(distributed.share(windows).batches(TOKENS_PER_BATCH), "Evaluating"):
         started = time.perf_counter()
         found = logits(tokens, mask)
         losses.append(next_token_losses(found, tokens.to(found.device), mask).cpu())
         speeds.append(tokens.numel() / (time.perf_counter() - started))
     predicted = int(windows.mask[:, 1:].sum())
-    mean = torch.cat(losses).sum().item() / predicted
+    (total,) = distributed.all_sums([torch.cat(losses).sum().item()])
+    mean = total / predicted
     if not math.isfinite(mean):
         raise NumericalError(
             f"The perplexity on {windows.source} is {mean}: the model's logits are not finite. Look for NaN or infinity in its "
@@ -150,5 +152,5 @@ def _perplexity(
         tokens=predicted,
         bos=windows.bos,
         dtype=dtype,
-        tokens_per_second=max(speeds),
+        tokens_per_second=max(speeds, default=0.0),
     )

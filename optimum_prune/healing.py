@@ -73,7 +73,7 @@ def heal(
         layerwise.check_finite(behind, f"Decoder layer {visit.index}")
         if gap or missing:
             try:
-                goal = [through(model, family, batch, hidden, gap) for batch, hidden in reference.stream]
+                goal = through(model, family, reference.stream, gap)
             except NumericalError as error:
                 yield Decision(evidence={"not_healed": str(error)})
                 return
@@ -108,7 +108,9 @@ def _bridge(
     if path is None:
         return
     if len(blocks) > 1:
-        wanted = [middle + far - near for middle, far, near in zip(attended, goal, behind, strict=True)]
+        wanted = [
+            middle + far.to(middle.device) - near for middle, far, near in zip(attended, goal, behind, strict=True)
+        ]
         yield from _refit(visit, family, wanted, damping, family.attention_output, SHARE, progress)
     yield from _refit(visit, family, goal, damping, path, 1.0, progress)
 
@@ -158,17 +160,19 @@ def projection(visit: Visit, family: Family, blocks: Sequence[str]) -> str | Non
 
 @torch.no_grad()
 def through(
-    model: PreTrainedModel, family: Family, batch: Batch, hidden: Float[Tensor, "w t h"], layers: range
-) -> Float[Tensor, "w t h"]:
-    """Hidden states behind some consecutive layers, from those before.
+    model: PreTrainedModel, family: Family, stream: Sequence[tuple[Batch, Float[Tensor, "w t h"]]], layers: range
+) -> list[Float[Tensor, "w t h"]]:
+    """Hidden states behind some consecutive layers, from those before, batch by batch.
 
     Raises:
         NumericalError: a layer puts out a value that is not finite.
     """
+    behind = [hidden for _, hidden in stream]
     for index in layers:
-        hidden = layerwise.run_layers(model, family, batch, hidden, [index])
-        layerwise.check_finite([hidden], f"Decoder layer {index}")
-    return hidden
+        for position, (batch, _) in enumerate(stream):
+            behind[position] = layerwise.run_layers(model, family, batch, behind[position], [index])
+        layerwise.check_finite(behind, f"Decoder layer {index}")
+    return behind
 
 
 def _gap_behind(index: int, kept: Mapping[int, Sequence[str]]) -> range:

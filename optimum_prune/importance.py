@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from optimum_prune import layerwise
+from optimum_prune import distributed, layerwise
 from optimum_prune.evaluation import token_losses
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def taylor(model: PreTrainedModel, family: Family, calibration: Calibration, pro
                         total += gradient.float()
             for weight in weights:
                 weight.requires_grad_(False)
-            products = zip(weights, sums, strict=True)
+            products = zip(weights, map(distributed.all_sum, sums), strict=True)
             scores.append(
                 sum(
                     (weight.detach().float() * total).abs().sum(dtype=torch.float64).item()
@@ -100,12 +100,12 @@ def distances(
         for index, layer in enumerate(layers):
             recent.append(batch.run(layer, index, recent[-1]))
             if len(recent) > span:
-                cosine = nn.functional.cosine_similarity(
-                    recent.pop(0)[counted].double(), recent[-1][counted].double(), dim=-1
-                )
+                before, behind = (each[counted.to(each.device)].double() for each in (recent.pop(0), recent[-1]))
+                cosine = nn.functional.cosine_similarity(before.to(behind.device), behind, dim=-1)
                 away = cosine.clamp(-1, 1).arccos() / torch.pi if angular else 1 - cosine
                 totals[index + 1 - span] += away.sum().cpu()
-    return (totals / count).tolist()
+    *totalled, counted_in_all = distributed.all_sums([*totals, count])
+    return [total / counted_in_all for total in totalled]
 
 
 def _last(mask: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from optimum_prune import distributed
 from optimum_prune.anatomy import features_of
 from optimum_prune.errors import FamilyError, NumericalError
 
@@ -88,11 +89,14 @@ def _layers_replaced(model: PreTrainedModel, family: Family, layers: Sequence[nn
 def embed(
     model: PreTrainedModel, family: Family, calibration: Calibration, tokens_at_once: int | None = None
 ) -> list[tuple[Batch, Float[Tensor, "windows length hidden"]]]:
-    """The calibration windows in batches of about so many tokens, `TOKENS_PER_BATCH` if not given, before the first layer."""
+    """The calibration windows in batches of about so many tokens, `TOKENS_PER_BATCH` if not given, before the first layer.
+
+    Of several processes, each gets its share of the windows: of a few, maybe none.
+    """
     device = model.get_input_embeddings().weight.device
     shared: dict[int, Sequence[Arguments]] = {}
     stream = []
-    for tokens, mask in calibration.batches(tokens_at_once or TOKENS_PER_BATCH):
+    for tokens, mask in distributed.share(calibration).batches(tokens_at_once or TOKENS_PER_BATCH):
         tokens, mask = tokens.to(device), mask.to(device)
         arguments, hidden = _prepare(model, family, tokens, mask)
         if mask.all():  # without padding, the arguments depend on nothing but the batch's shape
@@ -201,7 +205,6 @@ class Visit:
         self.stream = stream
         self._family = family
         self._shelf = shelf
-        self._batch = stream[0][0]
         self._left = False
         self._gone: tuple[str, ...] = ()
         self._heads: list[Tensor] = []
@@ -295,16 +298,19 @@ class Visit:
         """
         run = self._behind_attention if path == self._family.attention_output else self._run
         output = self._family.module(self.layer, path)
-        project, plain = output.forward, run(0)
+        project, plain = output.forward, run(0) if self.stream else torch.zeros(0)
         check_finite([plain], f"Decoder layer {self.index}")
 
         def add_plain(inputs: Tensor) -> Tensor:
             projected: Tensor = project(inputs)
             return projected + plain.view_as(projected)
 
-        with _answering(output, add_plain):
-            doubled = run(0)
-        return bool((doubled.float() - 2 * plain.float()).abs().max() <= 0.1 * plain.float().abs().max())
+        def doubles() -> bool:
+            with _answering(output, add_plain):
+                doubled = run(0)
+            return bool((doubled.float() - 2 * plain.float()).abs().max() <= 0.1 * plain.float().abs().max())
+
+        return distributed.by_first(doubles)
 
     def leave_out(self, blocks: Sequence[str]) -> None:
         """Runs the layer without these of its blocks, "attention" and "feed_forward", from now on."""
@@ -445,12 +451,13 @@ def walk(
 
 
 def check_finite(hidden_states: Iterable[Tensor], what: str) -> None:
-    """Checks what comes out of a part of the model.
+    """Checks what comes out of a part of the model, in all processes.
 
     Raises:
         NumericalError: a value is not finite.
     """
-    if not all(torch.stack(torch.aminmax(hidden)).isfinite().all() for hidden in hidden_states):
+    finite = all(bool(torch.stack(torch.aminmax(hidden)).isfinite().all()) for hidden in hidden_states if len(hidden))
+    if not distributed.by_all(finite):
         raise NumericalError(
             f"{what} of the model puts out values that are not finite. Look for NaN or infinity in its weights, or compute "
             f"in bfloat16 or float32 instead of float16."

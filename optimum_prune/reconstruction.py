@@ -119,7 +119,7 @@ def _moved(
     lack = Cross(gram.features, aim.weight.shape[0], aim.weight.device)
     for (rows, hidden), (batch, _), wanted in zip(visit.outputs(), visit.stream, goal, strict=True):
         counted = batch.mask.flatten().to(hidden.device)
-        lack.add(rows[counted], (wanted.float() - hidden.float()).flatten(0, -2)[counted])
+        lack.add(rows[counted], (wanted.to(hidden.device).float() - hidden.float()).flatten(0, -2)[counted])
     with named(f"The projection '{path}' of layer {visit.index}", aim.weight, damping):
         factor = cholesky(aim.moments(gram, damping))
     products = lack.value if aim.bias is None else lack.centered(gram)

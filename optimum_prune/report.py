@@ -43,6 +43,8 @@ class Report:
     verified: Verification
     seconds: float
     """Wall-clock time of the whole run."""
+    processes: int = 1
+    """That shared the windows of text among them."""
     stock: bool = True
     """Whether stock transformers reads it; where layers differ in shape, it needs the modelling file beside the weights."""
 
@@ -59,6 +61,7 @@ class Report:
             "verified": asdict(self.verified),
             "stock": self.stock,
             "seconds": self.seconds,
+            "processes": self.processes,
             "versions": versions(),
         }
         if self.perplexity is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimum_prune import checkpoint, conversion, elsewhere, surgery
+from optimum_prune import checkpoint, conversion, distributed, elsewhere, surgery
 from optimum_prune.anatomy import Family, parameters
 from optimum_prune.calibration import Calibration
 from optimum_prune.cuts import Cuts
@@ -91,24 +91,37 @@ class Run:
     def pruned(self, subject: Subject, family: Family) -> Report:
         """Loads, measures, prunes and saves the model, reloads it and measures it again. What it loads is gone afterwards."""
         settings, folder = self.recipe.settings, self.staging.result
-        store = Store(self.staging.root / "offloaded") if subject.offloads else None
+        aside = self.staging.root / f"offloaded-{distributed.rank()}"
+        store = Store(aside) if subject.offloads else None
         model = subject.load(store)
+        _check_resident(model, subject.name)
         _check_rotary(model, subject.name)
         count, size = parameters(model), checkpoint.weight_bytes(model)
-        journal = self.unfinished.journal([(step.name, as_plain(step)) for step in self.pruning])
+        journal = None  # several processes would have to read the same, piece by piece
+        if distributed.size() == 1:
+            journal = self.unfinished.journal([(step.name, as_plain(step)) for step in self.pruning])
         progress = replace(self.progress, journal=journal)
         measured = progress.once("perplexity", lambda: _plain(self.perplexity(model)))
         before = None if measured is None else Perplexity(**measured)
         give_back()
         calibration = replace(self.texts.calibration, shelf=self.shelf(subject.offloads))
         outcomes = [prune(step, model, family, calibration, self.plugins, progress, store) for step in self.pruning]
-        checkpoint.save(model, subject.tokenizer, folder, self.progress, store)
-        for file in subject.companions:
-            shutil.copy(file, folder)
+        if distributed.first():
+            checkpoint.save(model, subject.tokenizer, folder, self.progress, store)
+            for file in subject.companions:
+                shutil.copy(file, folder)
+        distributed.wait()
         probe, dtype = checkpoint.probe(model, self.texts.calibration.tokens), model.dtype
+        spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
         del model
         reloaded, verified = checkpoint.verify(
-            folder, probe, dtype, device_of(settings), settings.trust_remote_code, self.progress, store
+            folder,
+            probe,
+            dtype,
+            "auto" if spread else device_of(settings),
+            settings.trust_remote_code,
+            self.progress,
+            store,
         )
         after, left = self.perplexity(reloaded), parameters(reloaded)
         report = Report(
@@ -119,11 +132,13 @@ class Run:
             perplexity=Change(before, after) if before and after else None,
             passes=tuple(outcomes),
             calibration=_describe(self.texts.calibration, settings.seed),
+            processes=distributed.size(),
             verified=verified,
             seconds=0.0,
             stock=not hasattr(reloaded.config, "pruned"),
         )
-        self.keep(report)
+        if distributed.first():
+            self.keep(report)
         return report
 
     def shelf(self, offloads: bool) -> Shelf | None:
@@ -257,6 +272,15 @@ def _whole(windows: Calibration) -> Calibration | None:
     return replace(windows, tokens=windows.tokens[kept], mask=windows.mask[kept]) if kept.any() else None
 
 
+def _check_resident(model: PreTrainedModel, name: str) -> None:
+    """Refuses a model some of whose weights accelerate loads only while they are used."""
+    if missing := [weight for weight, value in model.named_parameters() if value.is_meta]:
+        raise SurgeryError(
+            f"{len(missing)} weights of {name}, such as {missing[0]}, are not in memory: its device_map leaves them on the CPU or on disk "
+            f"until they are used. Load it onto devices that hold all of it, or give its folder and let optimum-prune --offload it."
+        )
+
+
 def _check_rotary(model: PreTrainedModel, name: str) -> None:
     """Refuses a model whose rotary frequencies were rounded, since no checkpoint holds them and a reload has them exact."""
     for buffer, value in model.named_buffers():
@@ -284,13 +308,15 @@ def prune(
     Raises:
         SurgeryError: the model's shape is not what the pass foresaw.
     """
-    plugins.manager.hook.before_pass(step=step, model=model)
+    if distributed.first():
+        plugins.manager.hook.before_pass(step=step, model=model)
     before = family.shape(model)
     expected = step.foresee(before)
     cuts, evidence = Cuts(), []
     decide, journal = partial(step.decide, model, family, calibration, progress), progress.journal
     with Meter() as meter:
         for decision in decide() if journal is None else journal.decisions(step.name, decide):
+            distributed.agreed(decision.cuts)
             surgery.carry_out(model, family, decision)
             if store is not None:
                 store.settle(model)
@@ -305,7 +331,8 @@ def prune(
             f"The pass '{step.name}' left a model of {found.describe()} where it foresaw {expected.describe()}. Please report it."
         )
     outcome = Outcome(step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, cuts, tuple(evidence))
-    plugins.manager.hook.pass_finished(outcome=outcome)
+    if distributed.first():
+        plugins.manager.hook.pass_finished(outcome=outcome)
     return outcome
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimum_prune import layerwise
+from optimum_prune import distributed, layerwise
 from optimum_prune.errors import NumericalError
 from optimum_prune.evaluation import perplexity_of, token_losses
 
@@ -102,26 +102,29 @@ def measure(
 
     run = run_layer or as_it_stands
 
-    def losses_on(batch: Batch, hidden: Tensor) -> list[Tensor]:
-        """Of each token: what the model itself loses, then each variant that is in the race."""
-        found = []
-        for first in range(0, len(racing), together):
-            group = [variants[index] for index in racing[first : first + together]]
-            for position, end in enumerate(_ends(batch, hidden, group, len(layers), run)):
-                if position > 0 or first == 0:  # the model itself once
-                    found.append(_token_losses(model, family, batch, end))
-        return found
+    def losses_on(step: tuple[Batch, Tensor]) -> list[list[Tensor]]:
+        """Of each window of a batch, the losses of each variant that is in the race, and of the model itself."""
+        lost = _lost(model, family, step, variants, racing, together, run)
+        return [[window[index] for index in (*racing, len(variants))] for window in lost]
 
     racing = list(range(len(variants)))
     found: list[list[Tensor]] = [[] for _ in range(len(variants) + 1)]
     windows, together = _at_once(model, family, calibration, len(variants), race)
     stream = layerwise.embed(model, family, calibration, windows * calibration.tokens.shape[1])
-    for batch, hidden in progress.track(stream, description):
-        of_batch = progress.once(description, partial(losses_on, batch, hidden))
-        for index, each in zip([len(variants), *racing], of_batch, strict=True):
-            found[index].append(each)
-        if race:
-            racing = _still_racing(racing, [torch.cat(found[index]) for index in racing])
+    mine: list[dict[int, Tensor]] = []
+    steps = distributed.steps(stream)
+    for number, step in enumerate(progress.track(steps, description), start=1):
+        if step is not None:
+            kept = progress.once(description, partial(losses_on, step))
+            mine += [dict(zip((*racing, len(variants)), window, strict=True)) for window in kept]
+        if not race and number < len(steps):
+            continue
+        for window in distributed.gathered(mine):  # one by one, as if a single process had measured them
+            for index in (*racing, len(variants)):
+                found[index].append(window[index])
+            if race:
+                racing = _still_racing(racing, [torch.cat(found[index]) for index in racing])
+        mine.clear()
     *alternatives, base = [torch.cat(pieces) for pieces in found]
     means, tokens = tuple(map(_finite_mean, alternatives)), tuple(map(len, alternatives))
     best = alternatives[min((mean, index) for index, mean in enumerate(means) if tokens[index] == max(tokens))[1]]
@@ -138,6 +141,29 @@ def _at_once(
     together = max(1, min(variants, MEMORY // of_window - 1))
     windows = min(layerwise.TOKENS_PER_BATCH // length, MEMORY // (of_window * (together + 1)))
     return 1 if race else max(1, windows), together
+
+
+def _lost(
+    model: PreTrainedModel,
+    family: Family,
+    step: tuple[Batch, Float[Tensor, "w t h"]],
+    variants: Sequence[Variant],
+    racing: Sequence[int],
+    together: int,
+    run_layer: RunLayer,
+) -> list[dict[int, Float[Tensor, " tokens"]]]:
+    """Of each window of a batch, what each variant that is still racing loses, and as the last the model itself."""
+    batch, hidden = step
+    lost: list[dict[int, Tensor]] = [{} for _ in hidden]
+    layers = len(family.layers_of(model))
+    for first in range(0, len(racing), together):
+        group = racing[first : first + together]
+        ends = _ends(batch, hidden, [variants[index] for index in group], layers, run_layer)
+        for index, end in zip([len(variants), *group], ends, strict=True):
+            if index < len(variants) or first == 0:  # the model itself once
+                for window, losses in zip(lost, _token_losses(model, family, batch, end), strict=True):
+                    window[index] = losses
+    return lost
 
 
 def _ends(
@@ -158,13 +184,12 @@ def _ends(
 
 def _token_losses(
     model: PreTrainedModel, family: Family, batch: Batch, hidden: Float[Tensor, "w t h"]
-) -> Float[Tensor, " tokens"]:
+) -> list[Float[Tensor, " tokens"]]:
     """The losses for hidden states behind the last layer; one window at a time, since logits are large."""
-    losses = [
-        token_losses(layerwise.logits(model, family, one, part)[0], one.tokens[0], one.mask[0])
+    return [
+        token_losses(layerwise.logits(model, family, one, part)[0], one.tokens[0], one.mask[0]).cpu()
         for one, part in batch.split(hidden)
     ]
-    return torch.cat(losses).cpu()
 
 
 def _still_racing(racing: Sequence[int], losses: Sequence[Float[Tensor, " tokens"]]) -> list[int]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from optimum_prune import distributed
 from optimum_prune.errors import OutputError
 from optimum_prune.unfinished import runs
 
@@ -32,7 +33,8 @@ class Staging:
 def staged(output: Path, overwrite: bool, source: str | None = None) -> Iterator[Staging]:
     """A hidden folder beside `output`, whose `result` is moved into place when the block ends without an error.
 
-    What an earlier run that was killed left there is removed.
+    What an earlier run that was killed left there is removed. Of several processes, the first does all this, and ends the block when
+    all others have.
 
     Args:
         source: the model's folder, which the output must not replace.
@@ -40,13 +42,21 @@ def staged(output: Path, overwrite: bool, source: str | None = None) -> Iterator
     Raises:
         OutputError: the output exists and may not be overwritten, or cannot be written.
     """
+    if not distributed.first():
+        staging = distributed.by_first(lambda: Staging(output, output))
+        if not staging.root.is_dir():
+            raise OutputError(
+                f"The output {output} is on a disk that process {distributed.rank()} does not see. Name an --output that all machines share."
+            )
+        yield staging
+        return
     output = Path(os.path.abspath(output))
     _mend_abandoned(output)
     check_output(output, overwrite, source)
     root = _make_hidden(output, "partial")
     try:
         (root / "model").mkdir()
-        staging = Staging(root, root / "model")
+        staging = distributed.by_first(lambda: Staging(root, root / "model"))
         yield staging
         check_output(output, overwrite, source)  # it may have appeared meanwhile
         _move_into_place(staging.result, output)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from optimum_prune import distributed
+
 if TYPE_CHECKING:
     from jaxtyping import Float
 
@@ -36,14 +38,15 @@ def _multiplied_as(dtype: torch.dtype) -> Iterator[None]:
 class Gram:
     """`X'X` of the activations at one place, summed over tokens, in float32 whatever the dtype of the activations.
 
-    Products of two bfloat16 or float16 values are exact in float32, so only the sum is rounded.
+    Products of two bfloat16 or float16 values are exact in float32, so only the sum is rounded. Whatever is read of it is the sum over
+    all processes as well, so every process has to read it, and add nothing afterwards.
     """
 
     def __init__(self, features: int, device: torch.device) -> None:
         self._upper = torch.zeros(features, features, device=device)  # what lies left of the diagonal blocks stays 0
         self.features = features
-        self._sum = torch.zeros(features, dtype=torch.float64, device=device)
-        self.tokens = 0
+        self._sum = torch.zeros(features + 1, dtype=torch.float64, device=device)  # the last counts tokens
+        self._summed = False
 
     def add(self, activations: Float[Tensor, "tokens features"]) -> None:
         """Adds the outer products of these rows."""
@@ -52,13 +55,30 @@ class Gram:
             for start in range(0, rows.shape[1], BLOCK):
                 columns = rows[:, start : start + BLOCK]
                 self._upper[start : start + BLOCK, start:].addmm_(columns.T, rows[:, start:])
-        self._sum += rows.sum(0)
-        self.tokens += len(rows)
+        self._sum[:-1] += rows.sum(0)
+        self._sum[-1] += len(rows)
+
+    def _complete(self) -> None:
+        """Adds what other processes have, once."""
+        if self._summed or distributed.size() == 1:
+            return
+        self._summed = True
+        for start in range(0, self.features, BLOCK):
+            block = self._upper[start : start + BLOCK, start:]
+            block.copy_(distributed.all_sum(block.contiguous()))
+        self._sum = distributed.all_sum(self._sum)
+
+    @property
+    def tokens(self) -> int:
+        """How many rows were added."""
+        self._complete()
+        return int(self._sum[-1])
 
     @property
     def mean(self) -> Float[Tensor, " features"]:
         """The mean activation, float64; 0 if there was no token."""
-        return self._sum / max(self.tokens, 1)
+        tokens = self.tokens
+        return self._sum[:-1] / max(tokens, 1)
 
     @property
     def centered(self) -> Float[Tensor, "features features"]:
@@ -77,6 +97,7 @@ class Gram:
 
     def _whole(self, dtype: torch.dtype) -> Float[Tensor, "features features"]:
         """With what lies below the diagonal filled in, block by block: no other matrix of this size is needed."""
+        self._complete()
         whole = self._upper.to(dtype, copy=True)
         for start in range(0, self.features, BLOCK):
             end = start + BLOCK
@@ -87,27 +108,41 @@ class Gram:
 
 
 class Cross:
-    """`X'E` of activations and of what is lacking elsewhere, summed over tokens."""
+    """`X'E` of activations and of what is lacking elsewhere, summed over tokens, and when it is read, over processes."""
 
     def __init__(self, features: int, lacking: int, device: torch.device) -> None:
         self._value = torch.zeros(features, lacking, device=device)
-        self._sum = torch.zeros(lacking, dtype=torch.float64, device=device)
-        self.tokens = 0
+        self._sum = torch.zeros(lacking + 1, dtype=torch.float64, device=device)  # the last counts tokens
+        self._summed = False
 
     def add(self, activations: Float[Tensor, "tokens features"], lack: Float[Tensor, "tokens lacking"]) -> None:
         """Adds the outer products of these rows."""
         self._value.addmm_(activations.float().T, lack.float())
-        self._sum += lack.sum(0)
-        self.tokens += len(lack)
+        self._sum[:-1] += lack.sum(0)
+        self._sum[-1] += len(lack)
+
+    def _complete(self) -> None:
+        """Adds what other processes have, once."""
+        if not self._summed:
+            self._summed = True
+            self._value, self._sum = distributed.all_sum(self._value), distributed.all_sum(self._sum)
+
+    @property
+    def tokens(self) -> int:
+        """How many rows were added."""
+        self._complete()
+        return int(self._sum[-1])
 
     @property
     def mean(self) -> Float[Tensor, " lacking"]:
         """The mean of what is lacking, float64."""
-        return self._sum / max(self.tokens, 1)
+        tokens = self.tokens
+        return self._sum[:-1] / max(tokens, 1)
 
     @property
     def value(self) -> Float[Tensor, "features lacking"]:
         """The products so far, float64."""
+        self._complete()
         return self._value.double()
 
     def centered(self, gram: Gram) -> Float[Tensor, "features lacking"]:

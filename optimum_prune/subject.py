@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_prune import checkpoint
+from optimum_prune import checkpoint, distributed
 from optimum_prune.anatomy import Family, find_family
 from optimum_prune.errors import RecipeError, reason
 from optimum_prune.offload import Store, weight_files
@@ -89,7 +89,8 @@ def _offloads(opened: checkpoint.Checkpoint, settings: Settings) -> bool:
     local = Path(opened.source).is_dir() and opened.gguf_file is None
     if settings.offload is None:
         free = psutil.virtual_memory().available
-        return local and checkpoint.bytes_on_disk(Path(opened.source)) > SHARE_OF_FREE * free
+        fits = not local or distributed.here() * checkpoint.bytes_on_disk(Path(opened.source)) <= SHARE_OF_FREE * free
+        return local and not distributed.by_all(fits)
     if not settings.offload:
         return False
     if not local:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from optimum_prune import checkpoint
+from optimum_prune import checkpoint, distributed
 from optimum_prune.anatomy import parameters
 from optimum_prune.artefact import counts_of, writer_of
 from optimum_prune.calibration import Text, evaluation_windows
@@ -49,7 +49,7 @@ def _compress(recipe: Recipe, arguments: argparse.Namespace) -> None:
         resume=arguments.resume,
         progress=progress,
     )
-    if not arguments.quiet:
+    if not arguments.quiet and distributed.first():
         print(report.table())
         print(f"Saved to {arguments.output}")
 
@@ -75,9 +75,9 @@ def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:
         raise RecipeError("0 windows are asked for, so there is nothing to evaluate. Ask for at least 1.")
     assert subject.tokenizer is not None
     with progress.libraries():
-        windows = evaluation_windows(
-            text, subject.tokenizer, plugins.sources, length_limit(subject.config.get_text_config())
-        )
+        limit = length_limit(subject.config.get_text_config())
+        tokenizer = subject.tokenizer
+        windows = distributed.by_first(lambda: evaluation_windows(text, tokenizer, plugins.sources, limit))
     folder = Path(subject.name).expanduser()
     writer = writer_of(folder, plugins) if folder.is_dir() else None
     if writer is not None:
@@ -88,6 +88,8 @@ def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:
             model = subject.load(Store(Path(aside)) if subject.offloads else None)
             measured = perplexity(model, windows, progress)
         count, size = parameters(model), checkpoint.stored_bytes(subject.name, model)
+    if not distributed.first():
+        return
     if arguments.json:
         result = {
             "model": subject.name,

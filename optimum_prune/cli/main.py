@@ -7,8 +7,9 @@ import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from optimum_prune import distributed
 from optimum_prune.cli import commands
 from optimum_prune.cli.flags import add_common, add_evaluation, add_output
 from optimum_prune.errors import OptimumPruneError, PluginError, unknown
@@ -25,20 +26,38 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message[:1].upper()}{message[1:].rstrip('.')}. See {self.prog} --help.\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if distributed.first():
+            super()._print_message(message, file)
+
 
 def main(arguments: Sequence[str], program: str = "optimum-cli") -> int:
-    """Runs a command; returns its exit code: 0, or 1 after one sentence on stderr."""
+    """Runs a command, together with other processes if there are; returns its exit code: 0, or 1 after one sentence on stderr."""
     signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if sentence := distributed.lacking():
+            print(sentence, file=sys.stderr)
+        with distributed.started():
+            return _main(arguments, program)
+    except distributed.ProcessError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _main(arguments: Sequence[str], program: str) -> int:
     try:
         plugins = load()
         _check_method(arguments, plugins)
         parsed = _parser(program, plugins).parse_args(arguments)
-        parsed.run(parsed, plugins)
+        if distributed.first() or parsed.together:
+            parsed.run(parsed, plugins)
     except OptimumPruneError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        if distributed.speaks():
+            print(f"{program}: error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt as error:
-        print(f"{program}: interrupted; {error or 'nothing was written.'}", file=sys.stderr)
+        if distributed.speaks():
+            print(f"{program}: interrupted; {error or 'nothing was written.'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
         sys.stderr.close()
@@ -82,7 +101,7 @@ def _add_prune(parser: argparse.ArgumentParser, plugins: Plugins) -> None:
             option.add_flag(options)
         add_output(method)
         add_common(method, model_required=True)
-        method.set_defaults(run=commands.prune, pass_class=step)
+        method.set_defaults(run=commands.prune, pass_class=step, together=True)
 
 
 def _add_compress(parser: argparse.ArgumentParser) -> None:
@@ -93,20 +112,20 @@ def _add_compress(parser: argparse.ArgumentParser) -> None:
     run.add_argument("recipe", metavar="RECIPE.yaml", help="The recipe.")
     add_output(run)
     add_common(run)
-    run.set_defaults(run=commands.run)
+    run.set_defaults(run=commands.run, together=True)
 
     plan = actions.add_parser("plan", help="Say what a recipe would do; reads no weights.")
     plan.add_argument("recipe", metavar="RECIPE.yaml", help="The recipe.")
     plan.add_argument("--json", action="store_true", help="Print every figure as JSON.")
     add_common(plan)
-    plan.set_defaults(run=commands.plan)
+    plan.set_defaults(run=commands.plan, together=False)
 
     evaluate = actions.add_parser("evaluate", help="Measure the perplexity of any checkpoint.")
     evaluate.add_argument("model", metavar="MODEL", help="A folder, a Hub id, or a .gguf file.")
     add_evaluation(evaluate)
-    evaluate.set_defaults(run=commands.evaluate)
+    evaluate.set_defaults(run=commands.evaluate, together=True)
 
     passes = actions.add_parser("passes", help="List every pass that is installed.")
-    passes.set_defaults(run=commands.passes)
+    passes.set_defaults(run=commands.passes, together=False)
     families = actions.add_parser("families", help="List every architecture that can be pruned.")
-    families.set_defaults(run=commands.families)
+    families.set_defaults(run=commands.families, together=False)
