@@ -28,7 +28,7 @@ WRITTEN = {
     "torchao int8": {"torchao": {}},
     "quanto int8": {"quanto": {}},
     "bitsandbytes nf4": {"bitsandbytes": {"bits": 4}},
-    "auto-round 4 bits": {"auto-round": {"bits": 4, "group_size": 64}},
+    "auto-round 4 bits, not tuned": {"auto-round": {"bits": 4, "group_size": 64, "iters": 0}},
     "GPTQ 4 bits": {"gptq": {"bits": 4, "group_size": 64}},
     "llm-compressor W4A16": {"llm-compressor": {"scheme": "W4A16", "group_size": 64}},
     "ONNX": {"onnx": {}},
@@ -41,8 +41,8 @@ WRITTEN = {
 }
 COMBINED = {
     "depth + OSSCAR": list(WRITTEN),
-    "OSSCAR global": ["torchao int8", "ONNX int8", "OpenVINO int8", "GGUF q8_0"],
     "dense": ["GPTQ 4 bits", "ONNX int8", "OpenVINO int4", "GGUF q4_0"],
+    "OSSCAR global": ["torchao int8", "ONNX int8", "OpenVINO int8", "GGUF q8_0"],
 }
 """What each way to prune is combined with."""
 HEADER = ["recipe", "parameters", "MB on disk", "perplexity", "tokens per second"]
