@@ -27,7 +27,7 @@ check: $(VENV)/ready
 	$(BIN)/python -m pytest -n auto
 
 check-plugins: $(ALL)/ready $(LLM_COMPRESSOR)/ready
-	$(ALL)/bin/python -m pytest plugins -n 2 --dist loadfile
+	OPTIMUM_PRUNE_PYTHON_LLM_COMPRESSOR=$(CURDIR)/$(LLM_COMPRESSOR)/bin/python $(ALL)/bin/python -m pytest plugins -n 2 --dist loadfile
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
