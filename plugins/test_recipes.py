@@ -14,6 +14,11 @@ from optimum_prune.cli.readme import extras_missing, passes_table
 from optimum_prune.errors import RecipeError, VerificationError
 
 ROOT = Path(__file__).parent.parent
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of the libraries behind the plugins
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
 
 
