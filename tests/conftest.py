@@ -4,6 +4,7 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
 
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,10 @@ from optimum_prune.anatomy import find_family
 from optimum_prune.plugins import Plugins, load
 
 torch.set_num_threads(1)
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # as of what a shell runs in the background: tests interrupt runs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
