@@ -14,6 +14,12 @@ from types import TracebackType
 import torch
 
 
+M_MMAP_THRESHOLD = -3
+"""As glibc's malloc.h numbers it."""
+LARGE = 2**22
+"""Bytes of a block of memory that is large."""
+
+
 class Meter:
     """A `with` block that knows how many `seconds` it has taken so far and, afterwards, its `peak_memory` in bytes.
 
@@ -48,6 +54,12 @@ def give_back() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def return_large_blocks() -> None:
+    """Lets memory of blocks beyond `LARGE` go back to the system as soon as it is free, for the rest of the process (Linux with glibc)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def _restart_peak() -> None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_prune.errors import CheckpointError
-from optimum_prune.measure import give_back
+from optimum_prune.measure import give_back, return_large_blocks
 
 DTYPES = {
     "F64": torch.float64,
@@ -80,6 +80,7 @@ class Store:
     """
 
     def __init__(self, folder: Path) -> None:
+        return_large_blocks()
         self._folder = folder
         self._mappings: list[_Mapping] = []
         self._numbers = count()
