@@ -13,7 +13,6 @@ from types import TracebackType
 
 import torch
 
-
 M_MMAP_THRESHOLD = -3
 """As glibc's malloc.h numbers it."""
 LARGE = 2**22
