@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ def carry_out(step: FolderPass, job: Job, expected: Expected, evaluation: Calibr
     with Meter() as meter:
         try:
             evidence = step.convert(job)
-        except (OptimumPruneError, KeyboardInterrupt):
+        except OptimumPruneError:
             raise
         except Exception as error:
             raise PassError(f"The pass '{step.name}' failed: {type(error).__name__}: {reason(error)}") from error
@@ -102,16 +102,8 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-# As plain data, for the report and for what another interpreter sends back
-
-
-def to_plain(conversion: Conversion) -> dict[str, Any]:
-    """A conversion as JSON can hold it."""
-    return asdict(conversion)
-
-
 def from_plain(plain: Mapping[str, Any]) -> Conversion:
-    """The inverse of `to_plain`."""
+    """A conversion from plain data, as `asdict` makes it, which is what another interpreter sends back."""
     perplexity = plain["perplexity"]
     return Conversion(
         **{

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -267,4 +268,4 @@ def _served(plain: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, A
     )
     expected = Expected(*(tensors[f"expected.{name}"] for name in ("tokens", "logits", "generated")))
     done = conversion.carry_out(step, job, expected, texts.get("evaluation"))
-    return {"conversion": conversion.to_plain(done), "versions": versions(step)}
+    return {"conversion": asdict(done), "versions": versions(step)}
