@@ -29,10 +29,14 @@ PATIENCE = 16
 """Channels in a row that could not be swapped with a gain before the local search ends."""
 PENDING = 128
 """Eliminations kept as a low-rank factor before the matrices are brought up to date: 32 to 256 are about equally fast."""
+AHEAD = 64
+"""Channels whose inner products with all others are computed at a time: of those that are likely to go soon, the most are."""
 SHRINK = 0.7
 """The matrices are cut down to what is alive when less than this fraction is."""
 FEW = 0.25
 """Weights are refitted through the inputs that go, rather than those that stay, while they are fewer than this fraction of them."""
+ROWS = 256
+"""Rows of a gram, or columns of the weights, that are worked on at a time where a copy of them is needed."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +85,18 @@ def eliminate(
     Raises:
         torch.linalg.LinAlgError: the gram is not positive definite, or not finite.
     """
-    dense = weight.double().T
     inverse = _made(gram)
-    products = dense @ dense.T
-    everything = 0.5 * torch.vdot(inverse.flatten(), products.flatten()).item()
+    everything = 0.5 * _quadratic(inverse, weight)
     if not math.isfinite(everything):
         raise LinAlgError("The gram or the weights are not finite.")
     factor = cholesky(inverse)
     torch.cholesky_inverse(factor, out=factor)
-    kept = _survivors(inverse, products, keep, step)
-    del factor, inverse, products
-    refitted, loss = _refit(gram, dense, kept)
+    kept = _survivors(inverse, weight, keep, step)
+    del factor, inverse
+    refitted, loss = _refit(gram, weight, kept)
     if swaps:
-        other = swapped(_made(gram), dense, kept, swaps)
-        refitted_other, loss_other = _refit(gram, dense, other)
+        other = swapped(_made(gram), weight.double().T, kept, swaps)
+        refitted_other, loss_other = _refit(gram, weight, other)
         if loss_other < loss:
             kept, refitted, loss = other, refitted_other, loss_other
     return Elimination(tuple(kept.tolist()), refitted.T, loss, loss / everything if everything else 0.0)
@@ -107,9 +109,22 @@ def cholesky(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:
     return factor
 
 
+def solved(factor: Float[Tensor, "in in"], right: Float[Tensor, "in columns"]) -> Float[Tensor, "in columns"]:
+    """`H^-1 right` by the Cholesky factor of H, which `torch.cholesky_solve` would copy."""
+    half = torch.linalg.solve_triangular(factor, right, upper=False)
+    found: Tensor = torch.linalg.solve_triangular(factor.mT, half, upper=True)
+    return found
+
+
 def _made(gram: Tensor | Callable[[], Tensor]) -> Float[Tensor, "in in"]:
     """The gram in float64, to be overwritten."""
     return gram.to(torch.float64, copy=True) if isinstance(gram, torch.Tensor) else gram()
+
+
+def _quadratic(gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"]) -> float:
+    """`tr(W H W')`, some of the outputs at a time."""
+    parts = (some.double() for some in torch.split(weight, ROWS))
+    return sum(torch.vdot((some @ gram).flatten(), some.flatten()).item() for some in parts)
 
 
 def eliminate_groups(
@@ -137,124 +152,165 @@ def eliminate_groups(
         inverse -= pull @ inverse[gone]
         del alive[int(cost.argmin())]
     inputs = torch.arange(len(gram), device=gram.device).view(-1, size)[alive].flatten()
-    refitted, loss = _refit(gram, dense, inputs)
+    refitted, loss = _refit(gram, weight, inputs)
     return Elimination(tuple(alive), refitted.T, loss, loss / everything if everything else 0.0)
 
 
-def _survivors(inverse: Float[Tensor, "in in"], products: Float[Tensor, "in in"], keep: int, step: int) -> Tensor:
-    """Indices of the channels that greedy elimination leaves, ascending. Overwrites both matrices.
+def _survivors(inverse: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], keep: int, step: int) -> Tensor:
+    """Indices of the channels that greedy elimination leaves, ascending.
 
     Args:
-        inverse: inverse of the gram.
-        products: inner products `W W'` of the weights of each channel; the weights themselves are not needed.
+        inverse: inverse of the gram, which is overwritten.
     """
     if step >= len(inverse) - keep:
-        cost = products.diagonal() / inverse.diagonal()
+        cost = _squared_norms(weight) / inverse.diagonal()
         return cost.topk(keep).indices.sort().values
+    weights = weight.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     indices = torch.arange(len(inverse), device=inverse.device)
     alive = torch.ones_like(indices, dtype=torch.bool)
     left = len(indices)
     while left > keep:
         pending = min(max(PENDING // step, 1) * step, left - keep)  # whole steps
-        u, q, m = _eliminate_some(inverse, products, alive, pending, step)
+        u, v = _eliminate_some(inverse, weights, alive, pending, step)
         left -= pending
         if left == keep:
             break
         inverse.addmm_(u.T, u, alpha=-1)
-        half = torch.addmm(q, m, u, alpha=-0.5)
-        products.addmm_(u.T, half, alpha=-1).addmm_(half.T, u, alpha=-1)
+        weights.addmm_(v.T, u, alpha=-1)
         if left < SHRINK * len(alive):
-            inverse, products = _of(inverse, alive), _of(products, alive)
+            inverse, weights = _packed(inverse, alive, alive), _packed(weights, None, alive)
             indices, alive = indices[alive], alive[alive]
     return indices[alive]
 
 
-def _of(matrix: Float[Tensor, "n n"], alive: Bool[Tensor, " n"]) -> Float[Tensor, "alive alive"]:
-    """The rows and columns of what is alive."""
-    index = alive.nonzero()
-    return matrix[index, index.T]
+def _squared_norms(weights: Float[Tensor, "out n"]) -> Float[Tensor, " n"]:
+    norms: Tensor = torch.linalg.vector_norm(weights, dim=0, dtype=torch.float64)
+    return norms.square_()
+
+
+def _packed(
+    matrix: Float[Tensor, "rows n"], rows: Bool[Tensor, " rows"] | None, columns: Bool[Tensor, " n"]
+) -> Float[Tensor, "left_rows left"]:
+    """These of the rows, or all, and these of the columns of a matrix, moved together within its memory."""
+    index = columns.nonzero().flatten()
+    width, memory = len(index), matrix.view(-1)
+    chosen = range(len(matrix)) if rows is None else rows.nonzero().flatten().tolist()
+    for place, row in enumerate(chosen):  # a row never moves behind where it was
+        memory[place * width : (place + 1) * width] = matrix[row, index]
+    return memory[: len(chosen) * width].view(len(chosen), width)
+
+
+class _Products:
+    """Inner products of the weights of a channel with those of all, computed for channels that are likely to be asked for."""
+
+    def __init__(self, weights: Float[Tensor, "out n"]) -> None:
+        self._weights = weights
+        self._rows: dict[int, Tensor] = {}
+
+    def of(self, channel: int, costs: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Those of a channel; if they are not known yet, then with those of the cheapest others."""
+        if channel not in self._rows:
+            unknown = costs.clone()
+            unknown[list(self._rows)] = torch.inf
+            unknown[channel] = -torch.inf
+            chosen = unknown.topk(min(AHEAD, len(unknown)), largest=False).indices
+            self._rows |= zip(chosen.tolist(), self._weights[:, chosen].T @ self._weights, strict=True)
+        return self._rows[channel]
 
 
 def _eliminate_some(
-    inverse: Float[Tensor, "n n"], products: Float[Tensor, "n n"], alive: Bool[Tensor, " n"], count: int, step: int
-) -> tuple[Float[Tensor, "count n"], Float[Tensor, "count n"], Float[Tensor, "count count"]]:
+    inverse: Float[Tensor, "n n"], weights: Float[Tensor, "out n"], alive: Bool[Tensor, " n"], count: int, step: int
+) -> tuple[Float[Tensor, "count n"], Float[Tensor, "count out"]]:
     """Eliminates `count` of the channels that are `alive`, which follows in place, while the two matrices stay.
 
-    Only three things are needed of the current inverse and weights: the inverse's diagonal, the squared
-    norms of the weights' rows, and, for the channel that goes, one column of the inverse and one of the inner products. With U
+    Only three things are needed of the current inverse and weights W (a row for each channel): the inverse's diagonal, the squared
+    norms of the weights' rows, and, for the channel that goes, one column of the inverse and one of the inner products `W W'`. With U
     the scaled columns of the inverse and V the scaled rows of the weights at the eliminated channels, the inverse has become
-    `inverse - U U'` and the weights `W - U V`, so these columns follow from those at the start, U, `Q = W V'` and `M = V V'`:
-    O(n k) for the k-th channel.
+    `inverse - U U'` and the weights `W - U V`, so these columns follow from those at the start, U, V and `Q = W V'`: O(n k) for the
+    k-th channel.
 
     Returns:
-        U', Q' and M, by which both matrices can be brought up to date.
+        U' and V, by which both matrices can be brought up to date.
     """
     size = len(inverse)
-    u, q = inverse.new_empty(count, size), inverse.new_empty(count, size)
-    m = inverse.new_zeros(count, count)
+    u, q, v = (inverse.new_empty(count, features) for features in (size, size, len(weights)))
     diagonal = inverse.diagonal().where(alive, 1.0)
-    norms = products.diagonal().where(alive, torch.inf)  # what is gone costs infinitely much to remove again
+    norms = _squared_norms(weights).where(alive, torch.inf)  # what is gone costs infinitely much to remove again
+    products = _Products(weights)
     queue: list[int] = []
     for k in range(count):
+        cost = norms / diagonal
         if not queue:
-            cost = norms / diagonal
             queue = (
                 [int(cost.argmin())] if step == 1 else cost.topk(min(step, count - k), largest=False).indices.tolist()
             )
         j = queue.pop(0)
-        inverse_jj, norm = diagonal[j].item(), norms[j].item()
-        scale = math.sqrt(inverse_jj)
-        u_past, q_past, past = u[:k], q[:k], u[:k, j].clone()
-        mixed = torch.addmv(q_past[:, j], m[:k, :k], past, alpha=-1).div_(scale)
+        scale = math.sqrt(diagonal[j].item())
+        u_past, past = u[:k], u[:k, j].clone()
         torch.addmv(inverse[j], u_past.T, past, alpha=-1, out=u[k]).div_(scale)
-        torch.addmv(products[j], q_past.T, past, alpha=-1, out=q[k]).div_(scale)
-        m[k, :k] = mixed
-        m[:k, k] = mixed
-        m[k, k] = norm / inverse_jj
+        torch.addmv(products.of(j, cost), q[:k].T, past, alpha=-1, out=q[k]).div_(scale)
+        torch.addmv(weights[:, j], v[:k].T, past, alpha=-1, out=v[k]).div_(scale)
         # What is lost of the norms: 2 u p - u^2 |v|^2, with p the inner products of the current weights with v.
-        lost = torch.addmv(q[k], u_past.T, mixed, alpha=-1).mul_(2).sub_(u[k], alpha=norm / inverse_jj)
+        lost = torch.addmv(q[k], u_past.T, v[:k] @ v[k], alpha=-1).mul_(2)
+        lost.sub_(u[k], alpha=torch.vdot(v[k], v[k]).item())
         norms.addcmul_(u[k], lost, value=-1)
         diagonal.addcmul_(u[k], u[k], value=-1)
         norms[j], diagonal[j], alive[j] = torch.inf, 1.0, False
-    return u, q, m
+    return u, v
 
 
 def _refit(
-    gram: Tensor | Callable[[], Tensor], dense: Float[Tensor, "in out"], kept: Tensor
+    gram: Tensor | Callable[[], Tensor], weight: Float[Tensor, "out in"], kept: Tensor
 ) -> tuple[Float[Tensor, "kept out"], float]:
     """`refit` or `refit_by_factor`, whichever is cheaper."""
-    if len(dense) - len(kept) >= FEW * len(kept):
-        return refit(_made(gram), dense, kept)
-    return refit_by_factor(cholesky(_made(gram)), dense, kept)
+    if weight.shape[1] - len(kept) >= FEW * len(kept):
+        return refit(_made(gram), weight, kept)
+    return refit_by_factor(cholesky(_made(gram)), weight, kept)
 
 
 def refit(
-    gram: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], kept: Tensor
+    gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], kept: Tensor
 ) -> tuple[Float[Tensor, "kept out"], float]:
-    """The weights on `kept` that minimise the loss, and the loss: with D what is gone, `B_S + H_SS^-1 H_SD B_D`."""
+    """The weights on `kept` that minimise the loss, and the loss: with D what is gone, `B_S + H_SS^-1 H_SD B_D`.
+
+    Args:
+        gram: H, which is overwritten: no matrix is needed beside it but weights.
+    """
     alive = torch.zeros(len(gram), dtype=torch.bool, device=gram.device)
     alive[kept] = True
-    lost = dense[~alive]
-    inside, outside = gram[alive], gram[~alive]
-    pull = inside[:, ~alive] @ lost
-    correction = torch.cholesky_solve(pull, torch.linalg.cholesky(inside[:, alive]))
-    loss = 0.5 * ((lost * (outside[:, ~alive] @ lost)).sum() - (pull * correction).sum())
-    return dense[alive] + correction, max(loss.item(), 0.0)
+    lost = weight[:, ~alive].double().T
+    pull, loss = gram.new_empty(len(kept), len(weight)), 0.0
+    place = (
+        torch.where(alive, alive.cumsum(0), (~alive).cumsum(0)) - 1
+    )  # among those that stay, or among those that go
+    for rows, lives, places in zip(
+        torch.split(gram, ROWS), torch.split(alive, ROWS), torch.split(place, ROWS), strict=True
+    ):
+        reached = rows[:, ~alive] @ lost
+        pull[places[lives]] = reached[lives]
+        loss += torch.vdot(reached[~lives].flatten(), lost[places[~lives]].flatten()).item()
+    del lost
+    factor = cholesky(_packed(gram, alive, alive))
+    for some, pulled in zip(torch.split(weight, ROWS), torch.split(pull, ROWS, dim=1), strict=True):
+        correction = solved(factor, pulled)
+        loss -= torch.vdot(pulled.flatten(), correction.flatten()).item()
+        pulled.copy_(correction.add_(some[:, alive].double().T))
+    return pull, max(0.5 * loss, 0.0)
 
 
 def refit_by_factor(
-    factor: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], kept: Tensor
+    factor: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], kept: Tensor
 ) -> tuple[Float[Tensor, "kept out"], float]:
     """The same from the Cholesky factor of H, cheaper where little is gone: with P the inverse of H, `B_S - P_SD P_DD^-1 B_D`."""
     alive = torch.zeros(len(factor), dtype=torch.bool, device=factor.device)
     alive[kept] = True
-    lost = dense[~alive]
+    lost = weight[:, ~alive].double().T
     units = factor.new_zeros(len(factor), len(lost))
     units[(~alive).nonzero().flatten(), torch.arange(len(lost), device=factor.device)] = 1
-    inverse = torch.cholesky_solve(units, factor)
-    share = torch.cholesky_solve(lost, torch.linalg.cholesky(inverse[~alive]))
+    inverse = solved(factor, units)
+    share = solved(cholesky(inverse[~alive]), lost)
     loss = 0.5 * torch.vdot(lost.flatten(), share.flatten()).item()
-    return dense[alive].addmm_(inverse[alive], share, alpha=-1), loss
+    return weight[:, alive].double().T.addmm_(inverse[alive], share, alpha=-1), loss
 
 
 def swapped(gram: Float[Tensor, "in in"], dense: Float[Tensor, "in out"], kept: Tensor, swaps: int) -> Tensor:

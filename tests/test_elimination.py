@@ -63,7 +63,7 @@ def test_the_refit_is_least_squares_on_every_subset(seed):
     for keep in (1, 3, 5, 7):
         for kept in combinations(range(8), keep):
             expected, loss = least_squares(gram, weight.T, kept)
-            refitted, found = refit(gram, weight.T, torch.tensor(kept))
+            refitted, found = refit(gram.clone(), weight, torch.tensor(kept))
             assert found == pytest.approx(loss, rel=1e-9)
             assert_close(refitted, expected[list(kept)], rtol=1e-8, atol=1e-9)
 
@@ -171,11 +171,11 @@ def test_the_local_search_ends_where_no_swap_of_the_cheapest_helps(seed):
     """By brute force: every channel outside in place of the cheapest inside."""
     gram, weight = problem(24, 60, seed=seed)
     kept = eliminate(gram, weight, 10, step=24, swaps=1000).kept
-    loss = refit(gram, weight.T, torch.tensor(kept))[1]
-    cheapest = min(kept, key=lambda j: refit(gram, weight.T, torch.tensor([k for k in kept if k != j]))[1])
+    loss = refit(gram.clone(), weight, torch.tensor(kept))[1]
+    cheapest = min(kept, key=lambda j: refit(gram.clone(), weight, torch.tensor([k for k in kept if k != j]))[1])
     for other in set(range(24)) - set(kept):
         swapped = sorted({*kept, other} - {cheapest})
-        assert refit(gram, weight.T, torch.tensor(swapped))[1] >= loss * (1 - 1e-8)
+        assert refit(gram.clone(), weight, torch.tensor(swapped))[1] >= loss * (1 - 1e-8)
 
 
 def test_one_shot_is_close_to_the_greedy_and_above_it():
@@ -246,8 +246,8 @@ def test_groups_leave_their_arguments_as_they_were():
 def test_both_formulas_of_the_refit_give_the_same(gone):
     gram, weight = problem(60, 100)
     kept = torch.randperm(60, generator=torch.Generator().manual_seed(gone))[gone:].sort().values
-    direct, loss = refit(gram, weight.T, kept)
-    through_what_goes, other = refit_by_factor(torch.linalg.cholesky(gram), weight.T, kept)
+    direct, loss = refit(gram.clone(), weight, kept)
+    through_what_goes, other = refit_by_factor(torch.linalg.cholesky(gram), weight, kept)
     assert_close(through_what_goes, direct, rtol=1e-8, atol=1e-9)
     assert other == pytest.approx(loss, rel=1e-8)
     assert loss == pytest.approx(least_squares(gram, weight.T, tuple(kept.tolist()))[1], rel=1e-8)
