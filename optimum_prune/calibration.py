@@ -35,6 +35,12 @@ LENGTH = 2048
 CHARACTERS = 32 * 1024**2
 """No more of a text is read than this, or than the windows may need at `CHARACTERS_PER_TOKEN`."""
 CHARACTERS_PER_TOKEN = 16
+PIECE = 2**20
+"""Characters that are tokenized at a time."""
+OVERLAP = 2**12
+"""Characters that a piece shares with the next, to find where both are cut into the same tokens."""
+ALIKE = 32
+"""As many tokens have to be alike there, and as many places are looked at."""
 STREAMED_FROM = 1024**3
 """A dataset whose download is this large, in bytes, is streamed."""
 
@@ -119,6 +125,11 @@ class Calibration:
     def keep(self, activations: Tensor) -> Tensor:
         """Activations for later, in memory or on the shelf."""
         return activations if self.shelf is None else self.shelf.keep(activations)
+
+    def put_back(self) -> None:
+        """Gives back the memory of activations on the shelf, until they are used again."""
+        if self.shelf is not None:
+            self.shelf.put_back()
 
     @classmethod
     def from_tokens(
@@ -332,8 +343,46 @@ def calibration_sources() -> Iterator[Source]:
 
 
 def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " tokens"]:
-    encoded = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return torch.tensor(encoded["input_ids"], dtype=torch.long)
+    """The tokens of a text, of a long one piece by piece: a tokenizer takes more than 100 bytes of memory for each character."""
+    if len(text) <= PIECE or not tokenizer.is_fast:
+        return _encoded(text, tokenizer)[0]
+    (tokens, begins), pieces = _encoded(text[:PIECE], tokenizer), []
+    for start in range(PIECE - OVERLAP, len(text) - OVERLAP, PIECE - OVERLAP):
+        more, later = _encoded(text[start : start + PIECE], tokenizer)
+        later += start
+        meeting = _meeting(tokens, begins, more, later)
+        if meeting is None:
+            return _encoded(text, tokenizer)[0]
+        pieces.append(tokens[: meeting[0]])
+        tokens, begins = more[meeting[1] :], later[meeting[1] :]
+    return torch.cat([*pieces, tokens])
+
+
+def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"]]:
+    """The tokens of a text, and at which of its characters each begins, if the tokenizer can tell."""
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_offsets_mapping=tokenizer.is_fast,
+        verbose=False,
+    )
+    begins = [begin for begin, _ in encoded.get("offset_mapping", ())]
+    return torch.tensor(encoded["input_ids"], dtype=torch.long), torch.tensor(begins, dtype=torch.long)
+
+
+def _meeting(
+    tokens: Int[Tensor, " a"], begins: Int[Tensor, " a"], more: Int[Tensor, " b"], later: Int[Tensor, " b"]
+) -> tuple[int, int] | None:
+    """Where, in each of two pieces of a text that overlap, the same `ALIKE` tokens begin at the same characters, if anywhere."""
+    middle = int(later[0]) + OVERLAP // 2
+    first = int(torch.searchsorted(begins, middle))
+    for left in range(first, min(first + ALIKE, len(begins) - ALIKE + 1)):
+        right = int(torch.searchsorted(later, begins[left]))
+        same, other = slice(left, left + ALIKE), slice(right, right + ALIKE)
+        if torch.equal(tokens[same], more[other]) and torch.equal(begins[same], later[other]):
+            return left, right
+    return None
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -8,8 +8,10 @@ import pyarrow.parquet
 import pytest
 import tiny
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from optimum_prune import Source, Text
+from optimum_prune import Source, Text, calibration
 from optimum_prune.calibration import draw, evaluation_windows
 from optimum_prune.errors import RecipeError, TextError
 
@@ -332,3 +334,65 @@ def test_more_windows_than_there_are_is_said(text_file, caplog, plugins):
     wanted = Text(text=str(text_file), samples=10_000, length=64)
     windows, _ = draw(wanted, Text(samples=0), tiny.tokenizer(), plugins.sources, seed=0, limit=128)
     assert f"10000 windows of {text_file.name} are asked for, and its text has {len(windows.tokens)}" in caplog.text
+
+
+def byte_level():
+    return tiny.tokenizer().backend_tokenizer
+
+
+def of_one_word():
+    """As Llama 2: a mark in front of the text and in place of each space, and nothing that would cut the text into words."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("_"), normalizers.Replace(" ", "_")])
+    words = [f"_{word}" for word in tiny.text(3000).split()]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], show_progress=False)
+    backend.train_from_iterator(words, trainer)
+    return backend
+
+
+def metaspace():
+    backend = Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=200, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
+    backend.train_from_iterator([tiny.text(3000)], trainer)
+    return backend
+
+
+@pytest.fixture(params=[byte_level, of_one_word, metaspace], ids=lambda kind: kind.__name__)
+def any_tokenizer(request):
+    return PreTrainedTokenizerFast(tokenizer_object=request.param())
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """Texts are tokenized in pieces of 2,000 characters; how many were is counted."""
+    monkeypatch.setattr(calibration, "PIECE", 2000)
+    monkeypatch.setattr(calibration, "OVERLAP", 600)
+    seen, encoded = [], calibration._encoded
+
+    def counted(text, tokenizer):
+        seen.append(len(text))
+        return encoded(text, tokenizer)
+
+    monkeypatch.setattr(calibration, "_encoded", counted)
+    return seen
+
+
+@pytest.mark.parametrize("extra", [0, 1, 599, 600, 601, 1399, 1400, 1401, 20000])
+def test_a_text_tokenized_in_pieces_has_the_tokens_of_the_whole(any_tokenizer, pieces, extra):
+    text = (tiny.text(12000) + "\n\n  \u00e4\u4f60 ")[-2000 - extra :]
+    expected = any_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert calibration._tokenize(text, any_tokenizer).tolist() == expected
+    assert len(pieces) > 1 or not extra
+    assert max(pieces) <= 2000
+
+
+def test_a_text_whose_pieces_never_agree_is_tokenized_whole(pieces, monkeypatch):
+    monkeypatch.setattr(calibration, "OVERLAP", 601)  # so that pairs of one piece lie across those of the next
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0, "aa": 1}, merges=[("a", "a")]))
+    )
+    text = "a" * 4001
+    expected = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert calibration._tokenize(text, tokenizer).tolist() == expected
+    assert pieces[-1] == 4001
