@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from optimum_prune import checkpoint, distributed
 from optimum_prune.anatomy import Family, find_family
-from optimum_prune.calibration import draw
+from optimum_prune.calibration import draw, texts_to_use
 from optimum_prune.errors import OutputError, RecipeError
 from optimum_prune.measure import Meter, give_back
 from optimum_prune.passes import FolderPass, Pass, PrunePass
@@ -68,7 +68,7 @@ def compress(
         shape = family.shape(meta_model(subject.config, recipe.settings.trust_remote_code))
         foreseen = foresee(recipe.passes, shape)[-1]
         check_conversions(recipe.passes, Prospect(subject.config, family, foreseen))
-        with progress.libraries():
+        with progress.libraries(datasets=texts is None and _reads_datasets(recipe)):
             texts = distributed.by_first(lambda: texts or _draw(recipe, subject, family, plugins))
         give_back()  # tokenizing takes much more than tokens do
         _check_texts(texts, family.text_config(subject.config))
@@ -143,6 +143,10 @@ def _identity(settings: Settings, subject: Subject, texts: Texts) -> dict[str, s
         "dtype, device or seed": f"{settings.dtype} {device_of(settings)} {settings.seed}",
         "the version of optimum-prune": version("optimum-prune"),
     }
+
+
+def _reads_datasets(recipe: Recipe) -> bool:
+    return any(text.named and text.text is None for text in texts_to_use(recipe.calibration, recipe.evaluation))
 
 
 def _draw(recipe: Recipe, subject: Subject, family: Family, plugins: Plugins) -> Texts:

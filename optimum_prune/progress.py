@@ -50,12 +50,15 @@ class Progress:
             print(sentence, file=sys.stderr)
 
     @contextmanager
-    def libraries(self) -> Iterator[None]:
-        """Makes the bars of transformers, datasets and huggingface_hub as visible as ours, for the time of a `with`."""
+    def libraries(self, *, datasets: bool = False) -> Iterator[None]:
+        """Makes the bars of transformers and huggingface_hub as visible as ours, for the time of a `with`.
+
+        Args:
+            datasets: those of datasets too, which takes 60 MB if nothing else has imported it.
+        """
         if self.visible:
             yield
             return
-        import datasets
         import huggingface_hub.utils as hub
         from transformers import modeling_gguf_pytorch_utils
         from transformers.utils import logging as transformers_logging
@@ -64,9 +67,12 @@ class Progress:
             if transformers_logging.is_progress_bar_enabled():
                 transformers_logging.disable_progress_bar()
                 stack.callback(transformers_logging.enable_progress_bar)
-            if not datasets.utils.are_progress_bars_disabled():
-                datasets.utils.disable_progress_bars()
-                stack.callback(datasets.utils.enable_progress_bars)
+            if datasets:
+                from datasets import utils
+
+                if not utils.are_progress_bars_disabled():
+                    utils.disable_progress_bars()
+                    stack.callback(utils.enable_progress_bars)
             if not hub.are_progress_bars_disabled():
                 hub.disable_progress_bars()
                 stack.callback(hub.enable_progress_bars)

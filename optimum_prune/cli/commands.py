@@ -74,7 +74,7 @@ def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:
     if text.samples == 0:
         raise RecipeError("0 windows are asked for, so there is nothing to evaluate. Ask for at least 1.")
     assert subject.tokenizer is not None
-    with progress.libraries():
+    with progress.libraries(datasets=text.text is None):
         limit = length_limit(subject.config.get_text_config())
         tokenizer = subject.tokenizer
         windows = distributed.by_first(lambda: evaluation_windows(text, tokenizer, plugins.sources, limit))
