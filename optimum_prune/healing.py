@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from optimum_prune.anatomy import Family
     from optimum_prune.calibration import Calibration
-    from optimum_prune.layerwise import Batch, Visit
+    from optimum_prune.layerwise import Visit
 
 
 def heal(
@@ -70,10 +70,10 @@ def heal(
         attended = reference.attended() if gap or missing or strength else []
         reference.leave()
         behind = [hidden for _, hidden in reference.stream]
-        layerwise.check_finite(behind, f"Decoder layer {visit.index}")
+        layerwise.check_finite(behind, f"Decoder layer {visit.index}", visit.shelf)
         if gap or missing:
             try:
-                goal = through(model, family, reference.stream, gap)
+                goal = through(model, family, reference, gap)
             except NumericalError as error:
                 yield Decision(evidence={"not_healed": str(error)})
                 return
@@ -87,7 +87,7 @@ def heal(
 def _not_finite(reference: Visit, what: str) -> str:
     """What is wrong with the dense model's hidden states, if they are not finite."""
     try:
-        layerwise.check_finite((hidden for _, hidden in reference.stream), what)
+        layerwise.check_finite((hidden for _, hidden in reference.stream), what, reference.shelf)
     except NumericalError as error:
         return str(error)
     return ""
@@ -109,7 +109,8 @@ def _bridge(
         return
     if len(blocks) > 1:
         wanted = [
-            middle + far.to(middle.device) - near for middle, far, near in zip(attended, goal, behind, strict=True)
+            visit.keep(middle + far.to(middle.device) - near)
+            for middle, far, near in zip(attended, goal, behind, strict=True)
         ]
         yield from _refit(visit, family, wanted, damping, family.attention_output, SHARE, progress)
     yield from _refit(visit, family, goal, damping, path, 1.0, progress)
@@ -159,19 +160,17 @@ def projection(visit: Visit, family: Family, blocks: Sequence[str]) -> str | Non
 
 
 @torch.no_grad()
-def through(
-    model: PreTrainedModel, family: Family, stream: Sequence[tuple[Batch, Float[Tensor, "w t h"]]], layers: range
-) -> list[Float[Tensor, "w t h"]]:
-    """Hidden states behind some consecutive layers, from those before, batch by batch.
+def through(model: PreTrainedModel, family: Family, visit: Visit, layers: range) -> list[Float[Tensor, "w t h"]]:
+    """Hidden states behind some consecutive layers, from those of a visit, batch by batch.
 
     Raises:
         NumericalError: a layer puts out a value that is not finite.
     """
-    behind = [hidden for _, hidden in stream]
+    behind = [hidden for _, hidden in visit.stream]
     for index in layers:
-        for position, (batch, _) in enumerate(stream):
-            behind[position] = layerwise.run_layers(model, family, batch, behind[position], [index])
-        layerwise.check_finite(behind, f"Decoder layer {index}")
+        for position, (batch, _) in enumerate(visit.stream):
+            behind[position] = visit.keep(layerwise.run_layers(model, family, batch, behind[position], [index]))
+        layerwise.check_finite(behind, f"Decoder layer {index}", visit.shelf)
     return behind
 
 

@@ -48,10 +48,11 @@ def taylor(model: PreTrainedModel, family: Family, calibration: Calibration, pro
         for batch, hidden in layerwise.embed(model, family, calibration, calibration.tokens.shape[1]):
             before = [hidden]
             for index, layer in enumerate(layers):
-                before.append(batch.run(layer, index, before[-1]))
+                before.append(calibration.keep(batch.run(layer, index, before[-1])))
+                calibration.put_back()
             streams.append((batch, before))
     with _frozen(model):
-        gradients = [_at_the_end(model, family, batch, before.pop()) for batch, before in streams]
+        gradients = [calibration.keep(_at_the_end(model, family, batch, before.pop())) for batch, before in streams]
         scores = []
         for index in progress.track(range(len(layers) - 1, -1, -1), "Gradients, layer by layer"):
             weights = list(_weights(layers[index]))
@@ -63,7 +64,8 @@ def taylor(model: PreTrainedModel, family: Family, calibration: Calibration, pro
                         weight.requires_grad_()
                     output = batch.run(layers[index], index, hidden)
                     found = torch.autograd.grad(output, [hidden, *weights], gradients[position], allow_unused=True)
-                gradients[position] = found[0]
+                gradients[position] = calibration.keep(found[0])
+                calibration.put_back()
                 for total, gradient in zip(sums, found[1:], strict=True):
                     if gradient is not None:  # an expert that no token reached
                         total += gradient.float()
@@ -104,6 +106,7 @@ def distances(
                 cosine = nn.functional.cosine_similarity(before.to(behind.device), behind, dim=-1)
                 away = cosine.clamp(-1, 1).arccos() / torch.pi if angular else 1 - cosine
                 totals[index + 1 - span] += away.sum().cpu()
+        calibration.put_back()
     *totalled, counted_in_all = distributed.all_sums([*totals, count])
     return [total / counted_in_all for total in totalled]
 

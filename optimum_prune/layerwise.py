@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from optimum_prune.offload import Shelf
     from optimum_prune.progress import Progress
 
-TOKENS_PER_BATCH = 4096
+TOKENS_PER_BATCH = 2048
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -204,7 +204,7 @@ class Visit:
         self.layer = layer
         self.stream = stream
         self._family = family
-        self._shelf = shelf
+        self.shelf = shelf
         self._left = False
         self._gone: tuple[str, ...] = ()
         self._heads: list[Tensor] = []
@@ -258,14 +258,14 @@ class Visit:
             self.observe_heads(_ignore)
         counts = self._family.head_counts(self.layer)
         index = features_of(kept, counts.queries * counts.size)
-        self._heads = [self._keep(heads[..., index.to(heads.device)]) for heads in self._heads]
+        self._heads = [self.keep(heads[..., index.to(heads.device)]) for heads in self._heads]
 
     def narrow(self, kept: Sequence[int]) -> None:
         """Keeps only these of the channels, likewise."""
         if not self._channels:
             self.observe_channels(_ignore)
         index = torch.tensor(kept)
-        self._channels = [self._keep(channels[..., index.to(channels.device)]) for channels in self._channels]
+        self._channels = [self.keep(channels[..., index.to(channels.device)]) for channels in self._channels]
 
     def outputs(self) -> Iterator[tuple[Float[Tensor, "tokens features"], Float[Tensor, "w t h"]]]:
         """What was observed last as rows, and the hidden states behind it, batch by batch, with padding.
@@ -278,7 +278,7 @@ class Visit:
 
     def attended(self) -> list[Float[Tensor, "w t h"]]:
         """Hidden states behind attention, as if there were no FFN, batch by batch."""
-        return [self._behind_attention(position) for position in range(len(self.stream))]
+        return [self.keep(self._behind_attention(position)) for position in range(len(self.stream))]
 
     def _behind_attention(self, position: int) -> Tensor:
         gone, self._gone = self._gone, (*self._gone, "feed_forward")
@@ -326,7 +326,7 @@ class Visit:
             return
         self._left = True
         for position, (batch, _) in enumerate(self.stream):  # in place: one layer's hidden states are ever held
-            self.stream[position] = (batch, self._keep(self._run(position, remember=False)))
+            self.stream[position] = (batch, self.keep(self._run(position, remember=False)))
         self._heads, self._attended, self._channels = [], [], []
 
     def _inputs_of(self, path: str, add: Add) -> Iterator[Tensor]:
@@ -343,7 +343,7 @@ class Visit:
                 with suppress(_Reached):
                     self._run(position)
                 add(self._unpadded(reached[-1]))
-                yield self._keep(reached.pop())
+                yield self.keep(reached.pop())
         finally:
             handle.remove()
 
@@ -373,27 +373,19 @@ class Visit:
             elif position < len(self._channels):
                 self._answer_for_channels(stack, self._channels[position])
             found = batch.run(self.layer, self.index, hidden)
-        self._put_back(position)
+        if self.shelf is not None:
+            self.shelf.put_back()
         return found
 
     def _keep_attended(self, _: nn.Module, __: object, result: Any) -> None:
         if isinstance(result, tuple):  # with the weights of attention, if they are asked for
-            self._attended.append((self._keep(result[0]), *result[1:]))
+            self._attended.append((self.keep(result[0]), *result[1:]))
         else:
-            self._attended.append(self._keep(result))
+            self._attended.append(self.keep(result))
 
-    def _keep(self, activations: Tensor) -> Tensor:
-        return activations if self._shelf is None else self._shelf.keep(activations)
-
-    def _put_back(self, position: int) -> None:
-        """Gives back the memory of what was kept of a batch on the shelf."""
-        if self._shelf is None:
-            return
-        attended = self._attended[position : position + 1]
-        kept = [each[0] if isinstance(each, tuple) else each for each in attended]
-        for activations in (self._heads, self._channels):
-            kept += activations[position : position + 1]
-        self._shelf.put_back(self.stream[position][1], *kept)
+    def keep(self, activations: Tensor) -> Tensor:
+        """Activations for later, in memory or on the shelf."""
+        return activations if self.shelf is None else self.shelf.keep(activations)
 
     def _attend(self, position: int) -> tuple[Tensor, None]:
         """What attention puts out, from the outputs of its heads; attentions of transformers put out their weights as well."""
@@ -442,21 +434,28 @@ def walk(
         NumericalError: a layer puts out a value that is not finite.
     """
     stream = embed(model, family, calibration)
-    check_finite((hidden for _, hidden in stream), "The embeddings")
+    check_finite((hidden for _, hidden in stream), "The embeddings", calibration.shelf)
     for index, layer in enumerate(progress.track(family.layers_of(model), description)):
         visit = Visit(index, layer, family, stream, calibration.shelf)
         yield visit
         visit.leave()
-        check_finite((hidden for _, hidden in stream), f"Decoder layer {index}")
+        check_finite((hidden for _, hidden in stream), f"Decoder layer {index}", calibration.shelf)
 
 
-def check_finite(hidden_states: Iterable[Tensor], what: str) -> None:
+def check_finite(hidden_states: Iterable[Tensor], what: str, shelf: Shelf | None = None) -> None:
     """Checks what comes out of a part of the model, in all processes.
+
+    Args:
+        shelf: where the hidden states are, if not all in memory.
 
     Raises:
         NumericalError: a value is not finite.
     """
-    finite = all(bool(torch.stack(torch.aminmax(hidden)).isfinite().all()) for hidden in hidden_states if len(hidden))
+    finite = True
+    for hidden in hidden_states:
+        finite = finite and (len(hidden) == 0 or bool(torch.stack(torch.aminmax(hidden)).isfinite().all()))
+        if shelf is not None:
+            shelf.put_back()
     if not distributed.by_all(finite):
         raise NumericalError(
             f"{what} of the model puts out values that are not finite. Look for NaN or infinity in its weights, or compute "

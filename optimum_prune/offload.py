@@ -8,15 +8,14 @@ there.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import struct
-import tempfile
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -57,21 +56,6 @@ CHUNK = 2**24
 """How many bytes are written at a time."""
 
 
-@dataclass(frozen=True)
-class _Mapping:
-    """A file in memory."""
-
-    start: int
-    """Its address."""
-    memory: mmap.mmap
-
-    def advise(self, tensor: Tensor, advice: int) -> None:
-        """Tells the system what will happen to the pages of a tensor in this file."""
-        first = tensor.data_ptr() - self.start
-        begin = first // mmap.PAGESIZE * mmap.PAGESIZE
-        self.memory.madvise(advice, begin, first + tensor.nbytes - begin)
-
-
 class Store:
     """Where the weights of a model are while it is not resident.
 
@@ -82,7 +66,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         return_large_blocks()
         self._folder = folder
-        self._mappings: list[_Mapping] = []
+        self._files: list[Tensor] = []  # as bytes, by their addresses
         self._numbers = count()
 
     def map(self, file: Path) -> dict[str, Tensor]:
@@ -95,16 +79,18 @@ class Store:
             with file.open("rb") as opened:
                 (length,) = struct.unpack("<Q", opened.read(8))
                 header: dict[str, Any] = json.loads(opened.read(length))
-                memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
             header.pop("__metadata__", None)
-            if max((about["data_offsets"][1] for about in header.values()), default=0) > len(memory) - 8 - length:
+            size = file.stat().st_size
+            if max((about["data_offsets"][1] for about in header.values()), default=0) > size - 8 - length:
                 raise ValueError("it ends before its last tensor does")
-        except (OSError, ValueError, struct.error, KeyError, TypeError) as error:
+            content = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
+        except (OSError, ValueError, RuntimeError, struct.error, KeyError, TypeError) as error:
             raise CheckpointError(f"The weights file {file} is damaged: {error}. Fetch it again.") from error
         if not header:
             return {}
-        self._mappings.append(_Mapping(torch.frombuffer(memory, dtype=torch.uint8).data_ptr(), memory))
-        self._mappings.sort(key=lambda mapping: mapping.start)
+        self._files.append(content)
+        self._files.sort(key=Tensor.data_ptr)
+        memory = content.numpy().data
         return {name: _tensor(memory, 8 + length, about) for name, about in header.items()}
 
     def attach(self, model: nn.Module) -> None:
@@ -131,21 +117,22 @@ class Store:
             self._advise(parameter, mmap.MADV_DONTNEED)
 
     def _advise(self, tensor: Tensor, advice: int) -> None:
-        if mapping := self._mapping_of(tensor):
-            mapping.advise(tensor, advice)
+        if self._holds(tensor):
+            _advise(tensor, advice)
 
-    def _mapping_of(self, tensor: Tensor) -> _Mapping | None:
-        position = bisect_right(self._mappings, tensor.data_ptr(), key=lambda mapping: mapping.start) - 1
+    def _holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in one of the files."""
+        position = bisect_right(self._files, tensor.data_ptr(), key=Tensor.data_ptr) - 1
         if position < 0 or tensor.numel() == 0:
-            return None
-        mapping = self._mappings[position]
-        return mapping if tensor.data_ptr() < mapping.start + len(mapping.memory) else None
+            return False
+        file = self._files[position]
+        return tensor.data_ptr() < file.data_ptr() + len(file)
 
     def settle(self, model: nn.Module) -> None:
         """Writes the weights that lie in memory to a file and maps them from there; their values stay."""
         fresh: dict[int, nn.Parameter] = {}
         for parameter in model.parameters():
-            if parameter.device.type == "cpu" and self._mapping_of(parameter) is None:
+            if parameter.device.type == "cpu" and not self._holds(parameter):
                 fresh[id(parameter)] = parameter
         if not fresh:
             return
@@ -155,8 +142,8 @@ class Store:
         mapped = self.map(file)
         for number, parameter in enumerate(fresh.values()):
             parameter.data = mapped[str(number)]
-        for mapping in self._mappings:  # what was read to be cut, too
-            mapping.memory.madvise(mmap.MADV_DONTNEED)
+        for each in self._files:  # what was read to be cut, too
+            _advise(each, mmap.MADV_DONTNEED)
         give_back()
 
     @contextmanager
@@ -187,7 +174,8 @@ class Shelf:
         self.budget = budget
         self._folder = folder
         self._held = 0
-        self._files: dict[int, _Mapping] = {}
+        self._files: dict[int, weakref.ref[Tensor]] = {}
+        self._numbers = count()
 
     def keep(self, tensor: Tensor) -> Tensor:
         """The same values, in memory or in a file. What lies on an accelerator stays there."""
@@ -198,27 +186,38 @@ class Shelf:
             weakref.finalize(tensor, self._let_go, tensor.nbytes)
             return tensor
         self._folder.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=self._folder) as file:
-            file.truncate(tensor.nbytes)
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_WRITE)
-        kept = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+        number = next(self._numbers)
+        file = self._folder / str(number)
+        try:
+            kept = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+        finally:
+            file.unlink(missing_ok=True)  # it lives as long as the memory that it is mapped to
         kept.copy_(tensor)
-        self._files[kept.data_ptr()] = _Mapping(kept.data_ptr(), memory)
-        weakref.finalize(kept, self._files.pop, kept.data_ptr(), None)
-        self.put_back(kept)
+        self._files[number] = weakref.ref(kept)
+        weakref.finalize(kept, self._files.pop, number, None)
+        _advise(kept, mmap.MADV_DONTNEED)
         return kept
 
     def _let_go(self, size: int) -> None:
         self._held -= size
 
-    def put_back(self, *tensors: Tensor) -> None:
-        """Gives back the memory of tensors in files when they have been used; they are read again when they are used again."""
-        for tensor in tensors:
-            if mapping := self._files.get(tensor.data_ptr()):
-                mapping.advise(tensor, mmap.MADV_DONTNEED)
+    def put_back(self) -> None:
+        """Gives back the memory of what lies in files; it is read again when it is used again."""
+        for reference in list(self._files.values()):
+            if (tensor := reference()) is not None:
+                _advise(tensor, mmap.MADV_DONTNEED)
 
 
-def _tensor(memory: mmap.mmap, start: int, about: Mapping[str, Any]) -> Tensor:
+def _advise(tensor: Tensor, advice: int) -> None:
+    """Tells the system what will happen to the pages of a tensor that lies in a file."""
+    begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    ctypes.CDLL(None).madvise(
+        ctypes.c_void_p(begin), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - begin), advice
+    )
+
+
+def _tensor(memory: memoryview, start: int, about: Mapping[str, Any]) -> Tensor:
+    """A tensor in memory with a storage of its own: those that share one are taken to be tied."""
     dtype, (begin, end) = DTYPES[about["dtype"]], about["data_offsets"]
     if begin == end:
         return torch.empty(about["shape"], dtype=dtype)

@@ -60,7 +60,7 @@ class Settings:
         None,
     )
     memory: str | None = option(
-        "How much of the windows' activations to keep in memory, such as 8GiB; the rest goes to disk. If not given, all of them, or 256MiB with "
+        "How much of the windows' activations to keep in memory, such as 8GiB; the rest goes to disk. If not given, all of them, or nothing with "
         "offload.",
         None,
     )

@@ -12,11 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # documented, but not declared public
 
 from optimum_prune.anatomy import Linear
-from optimum_prune.elimination import Elimination, cholesky, damp
+from optimum_prune.elimination import Elimination, cholesky, damp, solved
 from optimum_prune.errors import NumericalError
 from optimum_prune.layerwise import Visit
 from optimum_prune.statistics import Cross, Gram
@@ -60,21 +59,21 @@ class Aim:
         return weights if self.bias is None else {**weights, f"{name}.bias": self.bias}
 
 
-def gram_for(linear: Linear) -> Gram:
-    """A gram for the inputs of a projection."""
-    return Gram(linear.weight.shape[1], linear.weight.device)
+def gram_for(linear: Linear, visit: Visit) -> Gram:
+    """A gram for the inputs of a projection in the visited layer."""
+    return Gram(linear.weight.shape[1], linear.weight.device, visit.shelf)
 
 
 def observed_channels(visit: Visit, family: Family) -> Gram:
     """The gram of the FFN channels of the visited layer."""
-    gram = gram_for(family.linear(visit.layer, family.feed_forward.output))
+    gram = gram_for(family.linear(visit.layer, family.feed_forward.output), visit)
     visit.observe_channels(gram.add)
     return gram
 
 
 def observed_heads(visit: Visit, family: Family) -> Gram:
     """The gram of what the attention heads of the visited layer put out."""
-    gram = gram_for(family.linear(visit.layer, family.attention_output))
+    gram = gram_for(family.linear(visit.layer, family.attention_output), visit)
     visit.observe_heads(gram.add)
     return gram
 
@@ -123,7 +122,7 @@ def _moved(
     with named(f"The projection '{path}' of layer {visit.index}", aim.weight, damping):
         factor = cholesky(aim.moments(gram, damping))
     products = lack.value if aim.bias is None else lack.centered(gram)
-    move = strength * torch.cholesky_solve(products, factor).T
+    move = strength * solved(factor, products).T
     bias = None if aim.bias is None else aim.bias + strength * lack.mean - move @ gram.mean
     return Aim(aim.weight + move, bias)
 

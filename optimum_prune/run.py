@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-SHELF = 2**28
-"""Bytes of activations kept in memory if the weights are on disk and nothing else is said."""
+SHELF = 0
+"""Bytes of activations and grams kept in memory if the weights are on disk and nothing else is said."""
 SURPRISE = 0.05
 """By this fraction of a model's parameters, a pass may leave more or less than it foresaw."""
 
@@ -190,7 +190,7 @@ class Run:
         )
         interpreter = elsewhere.interpreter_of(step)
         arguments = step, job, expected.of(source, step), expected.evaluation
-        with self.progress.libraries():
+        with self.progress.libraries(datasets=True):
             if interpreter is None:
                 done, versions = conversion.carry_out(*arguments), elsewhere.versions(step)
             else:

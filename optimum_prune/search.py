@@ -117,6 +117,7 @@ def measure(
         if step is not None:
             kept = progress.once(description, partial(losses_on, step))
             mine += [dict(zip((*racing, len(variants)), window, strict=True)) for window in kept]
+            calibration.put_back()
         if not race and number < len(steps):
             continue
         for window in distributed.gathered(mine):  # one by one, as if a single process had measured them

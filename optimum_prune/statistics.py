@@ -14,6 +14,7 @@ from optimum_prune import distributed
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+    from optimum_prune.offload import Shelf
 
 BLOCK = 512
 """A gram is symmetric, so only the blocks on and above its diagonal are computed; smaller ones multiply more slowly."""
@@ -40,10 +41,15 @@ class Gram:
 
     Products of two bfloat16 or float16 values are exact in float32, so only the sum is rounded. Whatever is read of it is the sum over
     all processes as well, so every process has to read it, and add nothing afterwards.
+
+    Args:
+        shelf: where the sum is kept, if not in memory.
     """
 
-    def __init__(self, features: int, device: torch.device) -> None:
-        self._upper = torch.zeros(features, features, device=device)  # what lies left of the diagonal blocks stays 0
+    def __init__(self, features: int, device: torch.device, shelf: Shelf | None = None) -> None:
+        upper = torch.zeros(features, features, device=device)  # what lies left of the diagonal blocks stays 0
+        self._upper = upper if shelf is None else shelf.keep(upper)
+        self._shelf = shelf
         self.features = features
         self._sum = torch.zeros(features + 1, dtype=torch.float64, device=device)  # the last counts tokens
         self._summed = False
@@ -57,6 +63,7 @@ class Gram:
                 self._upper[start : start + BLOCK, start:].addmm_(columns.T, rows[:, start:])
         self._sum[:-1] += rows.sum(0)
         self._sum[-1] += len(rows)
+        self._put_back()
 
     def _complete(self) -> None:
         """Adds what other processes have, once."""
@@ -104,7 +111,13 @@ class Gram:
             block = whole[start:end, start:end]
             block.copy_(block.triu() + block.triu(1).T)
             whole[end:, start:end] = whole[start:end, end:].T
+        self._put_back()
         return whole
+
+    def _put_back(self) -> None:
+        """Gives back the memory of the sum, if it is in a file, until it is used again."""
+        if self._shelf is not None:
+            self._shelf.put_back()
 
 
 class Cross:

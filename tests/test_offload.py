@@ -168,7 +168,7 @@ class TestShelf:
         assert shelf.keep(small) is small
         kept = shelf.keep(large)
         assert torch.equal(kept, large)
-        shelf.put_back(kept)
+        shelf.put_back()
         assert resident(kept) == 0
         assert torch.equal(kept, large)
 

@@ -332,7 +332,7 @@ def _bridged(visit: Visit, family: Family, model: PreTrainedModel, gap: range, d
     if path is None:
         return {}
     before = range(visit.index, gap.stop)
-    goal = through(model, family, visit.stream, before)
+    goal = through(model, family, visit, before)
     return refitted(visit, family, goal, damping, path)
 
 

@@ -496,8 +496,8 @@ def _observed_experts(visit: Visit, family: Family) -> _ExpertGrams:
     described = family.experts
     assert described is not None
     output: Tensor = getattr(family.module(visit.layer, described.module), described.output)
-    routed = [Gram(output.shape[2], output.device) for _ in output]
-    shared = None if described.shared is None else gram_for(family.linear(visit.layer, described.shared.output))
+    routed = [Gram(output.shape[2], output.device, visit.shelf) for _ in output]
+    shared = None if described.shared is None else gram_for(family.linear(visit.layer, described.shared.output), visit)
     visit.observe_experts(lambda expert, rows: routed[expert].add(rows), None if shared is None else shared.add)
     return _ExpertGrams(routed, shared)
 
