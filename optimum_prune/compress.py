@@ -51,7 +51,7 @@ def compress(
         subject: the model, instead of the one that the recipe's settings name.
         texts: token windows, instead of those that the recipe describes.
         overwrite: replace an output folder that exists.
-        resume: insist that a run that ended early goes on; otherwise one does if there is one, of this model, text and passes.
+        resume: refuse to begin anew where a run that ended early is of another model, text or passes; one of the same goes on in any case.
         hooks: objects with `before_pass` or `pass_finished` marked `@hookimpl`, such as a tracker.
         progress: where to show progress; nowhere if not given.
 

@@ -78,7 +78,7 @@ class Pruner:
             evaluation: what to report on; if not given, the end of the calibration text, or nothing if that is windows.
             save_dir: the output folder.
             overwrite: replace the output folder if it exists.
-            resume: insist that a run that ended early goes on.
+            resume: refuse to begin anew where a run that ended early is of another model, text or options.
             hooks: objects with `before_pass` or `pass_finished` marked `@hookimpl`.
             progress: where to show progress; bars if stderr is a terminal, if not given.
 

@@ -67,10 +67,10 @@ class Unfinished:
         """What is finished of these passes, if there is a checkpoint; there may be a journal.
 
         Args:
-            resume: whether the user insists that there is.
+            resume: whether to refuse what is of another run, instead of beginning anew.
 
         Raises:
-            RecipeError: the user insists, and there is nothing, or it is of another run.
+            RecipeError: it is of another run, and is to be gone on with.
             OutputError: another process is at work there.
         """
         state, begun = self._read(), self._begun()
@@ -81,11 +81,7 @@ class Unfinished:
         if state in fitting:
             self._saved = True
             return Finished(self.folder / state["checkpoint"], len(state["passes"]), state["facts"])
-        if resume and not there:
-            raise RecipeError(
-                f"There is nothing to go on from: {self.folder} does not hold a run. Leave --resume out."
-            )
-        if resume and not fitting:
+        if resume and there and not fitting:
             changed = self._changed(there[-1], passes)
             raise RecipeError(
                 f"{self.folder} is of another run: {', '.join(changed)} changed. Run with what it was begun with, or leave --resume out to "

@@ -15,6 +15,7 @@ from folder_passes import Archive, Halve
 from optimum_prune import Depth, Osscar, Pruner, Recipe, Settings, Text, compress, hookimpl, load_model
 from optimum_prune.errors import OutputError, PassError, RecipeError, VerificationError
 from optimum_prune.methods.block_pruner import BlockPruner
+from optimum_prune.progress import Progress
 from optimum_prune.runtime import Expected, TransformersRuntime, compare
 
 STAND_INS = "#!/bin/sh\necho nonsense\n"
@@ -243,9 +244,10 @@ class TestARunThatFailsLate:
         assert heard.names == ["depth", "archive"]
         assert names(tmp_path) == ["out"]
 
-    def test_cannot_be_resumed_where_there_is_none(self, recipe, tmp_path):
-        with pytest.raises(RecipeError, match=r"There is nothing to go on from"):
-            compress(recipe(Depth(layers=1)), tmp_path / "out", resume=True)
+    def test_begins_where_there_is_none(self, recipe, tmp_path, capsys):
+        compress(recipe(Depth(layers=1)), tmp_path / "out", resume=True, progress=Progress(output=True))
+        assert "There is nothing to go on from" in capsys.readouterr().err
+        assert names(tmp_path) == ["out"]
 
     def test_of_a_model_in_memory_is_never_taken_up(self, llama, tmp_path):
         windows = tiny.windows(4)

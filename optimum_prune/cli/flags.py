@@ -31,7 +31,8 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--resume",
         action="store_true",
-        help="Insist on going on where a run that ended early stopped. (Without it, that happens if model, text and passes are the same.)",
+        help="Go on where a run that ended early stopped, and refuse to begin anew if its model, text or passes were others. (Without it, such a "
+        "run is replaced.)",
     )
 
 
