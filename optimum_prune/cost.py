@@ -6,6 +6,7 @@ imports besides, whose size is that of the process that asks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -15,10 +16,6 @@ from optimum_prune import elimination, evaluation, layerwise, search
 if TYPE_CHECKING:
     from optimum_prune.shape import LayerShape, Shape
 
-SOLVER_MATRICES = 2
-"""Float64 matrices of in x in numbers that an elimination holds at once: the inverse of the gram, and the inner products."""
-REFIT_MATRICES = 2
-"""Those that a fit without elimination holds: the gram and its factor."""
 RUNNING_WIDTHS = 3
 """Tensors of as many features as the FFN is wide that a layer holds at once: gate, up and their product."""
 RUNNING_HIDDEN = 6
@@ -92,6 +89,8 @@ class Workload:
     """Tokens of a window."""
     offloaded: bool = False
     """Whether weights stay on disk, so that one layer is in memory at a time."""
+    shelf: float = math.inf
+    """Bytes of activations and grams that are kept in memory; what is beyond lies in files."""
     active: float = 1.0
     """Of the parameters of experts, the fraction that a token goes through."""
 
@@ -119,6 +118,14 @@ class Workload:
         """Hidden states of all windows, so many times."""
         return count * self.tokens * self.hidden * self.itemsize
 
+    def kept(self, size: float) -> float:
+        """What is in memory of so many bytes of activations and grams that are kept for later."""
+        return min(size, self.shelf)
+
+    def kept_states(self, count: float = 1) -> float:
+        """Hidden states of all windows that are kept for later, so many times."""
+        return self.kept(self.states(count))
+
     def layer(self, layer: LayerShape) -> float:
         """The weights of a layer."""
         return layer.parameters * self.itemsize
@@ -134,22 +141,22 @@ class Workload:
         return tokens * self.vocabulary * self.itemsize + CHUNKS * chunk * 4
 
     def head(self) -> float:
-        """The output head, which is in memory while it is used even if the weights stay on disk."""
-        return self.hidden * self.vocabulary * self.itemsize if self.offloaded else 0.0
+        """The output head, or the embeddings."""
+        return self.hidden * self.vocabulary * self.itemsize
 
     def observed(self, layer: LayerShape, *, heads: bool = False) -> float:
         """What a visit of a layer keeps of the activations of all windows: FFN channels, and the heads or what attention put out."""
         attended = self.queries(layer) if heads else self.hidden
-        return self.tokens * (layer.width + attended) * self.itemsize
+        return self.kept(self.tokens * (layer.width + attended) * self.itemsize)
 
     def gram(self, features: int, tokens: int | None = None) -> float:
         """A gram while it is summed: the sum, and a batch of activations in float32."""
         rows = 0 if self.itemsize == 4 else (self.batch if tokens is None else tokens) * features * 4
         return 4 * features**2 + rows
 
-    def solver(self, features: int, matrices: float, outputs: int | None = None) -> float:
-        """A gram and what is computed of it in float64: so many matrices of its size, and the weights."""
-        return 4 * features**2 + 8 * matrices * features**2 + 8 * features * (outputs or self.hidden)
+    def solver(self, features: int, weights: float) -> float:
+        """A gram, the same in float64, and so many numbers in float64 besides; at first, all of the gram is read."""
+        return 8 * features**2 + max(self.kept(4 * features**2) + 8 * weights, 4 * features**2)
 
     # Computation
 
@@ -172,11 +179,12 @@ class Workload:
 
     def losses(self, tokens: float, at_once: int, times: float = 1) -> Cost:
         """The output head and the losses behind it."""
+        head = self.head() if self.offloaded or self.itemsize < 4 else 0  # read, or rearranged for 16-bit products
         return Cost(
-            memory=self.logits(at_once) + self.head(),
+            memory=self.logits(at_once) + head,
             products=times * 2 * tokens * self.hidden * self.vocabulary,
             elements=times * 3 * tokens * self.vocabulary,
-            reading=times * tokens / at_once * self.head(),
+            reading=times * tokens / at_once * self.head() if self.offloaded else 0.0,
         )
 
     def summing(self, features: int, tokens: float | None = None) -> Cost:
@@ -185,22 +193,26 @@ class Workload:
             statistics=(self.tokens if tokens is None else tokens) * features * (features + elimination.PENDING)
         )
 
-    def eliminating(self, features: int, keep: int, one_shot: bool = False, outputs: int | None = None) -> Cost:
+    def eliminating(
+        self, features: int, keep: int, one_shot: bool = False, outputs: int | None = None, swaps: int = 0
+    ) -> Cost:
         """Eliminates inputs of a linear layer down to so many, and refits the others."""
         gone, outputs = features - keep, outputs or self.hidden
-        steps = 0 if one_shot else gone
-        pending = elimination.PENDING
-        kept = keep / features
-        shrinking = 0.0 if one_shot or kept > elimination.SHRINK else elimination.SHRINK**2
-        # Where little goes: the factor, and columns of the inverse; else the gram whole and in two parts, and the block of what is kept
-        # with its factor.
-        refitting = 1 + 2 * (1 - kept) if gone < elimination.FEW * keep else 2 + 2 * kept**2
+        steps, alive = 0 if one_shot else gone, (features + keep) / 2
+        pending, ahead, rows = elimination.PENDING, 2 * elimination.AHEAD, elimination.ROWS
+        greedy = features * (outputs + 2 * pending + ahead) + pending * outputs if steps else 0
+        if gone < elimination.FEW * keep:  # columns of the inverse, and those of them that go and that stay
+            refitting = outputs * (keep + 2 * gone) + 3 * features * gone
+        else:
+            refitting = outputs * (keep + gone) + 3 * rows * keep
+        table = 3 * features**2 + 3 * features * outputs if swaps else 0
         return Cost(
-            memory=self.solver(features, max(SOLVER_MATRICES + shrinking, refitting), outputs),
+            memory=self.solver(features, max(2 * features * rows, greedy, refitting, table)),
             solving=4 / 3 * features**3  # the factor and the inverse
-            + 2 * features**2 * outputs  # inner products
-            + 3 * 2 * steps * ((features + keep) / 2) ** 2  # both matrices brought up to date
-            + MATRIX_BY_VECTOR * 3 * steps * pending * (features + keep) / 2
+            + 2 * features**2 * outputs  # the loss of everything
+            + 2 * steps * alive * (alive + 2 * outputs)  # both matrices brought up to date, and inner products
+            + MATRIX_BY_VECTOR * 3 * steps * pending * alive
+            + MATRIX_BY_VECTOR * 2 * swaps * features * (features + outputs)
             + min(gone, keep) ** 3 / 3
             + 2 * features * gone * outputs,
         )
@@ -208,7 +220,7 @@ class Workload:
     def fitting(self, features: int) -> Cost:
         """Refits a projection by least squares towards other hidden states."""
         return Cost(
-            memory=self.solver(features, REFIT_MATRICES) + 3 * 8 * features * self.hidden,
+            memory=self.solver(features, 3.5 * features * self.hidden),
             statistics=2 * self.tokens * features * self.hidden,
             solving=features**3 / 3 + 4 * features**2 * self.hidden,
         )
@@ -217,23 +229,24 @@ class Workload:
 
     def embedding(self) -> Cost:
         """The hidden states before the first layer, which are then held."""
-        return Cost(memory=self.states() + self.head(), elements=self.tokens * self.hidden)
+        table = self.head() if self.offloaded else 0
+        return Cost(memory=self.kept_states() + table, elements=self.tokens * self.hidden)
 
     def walk(self, shape: Shape, streams: int = 1) -> Cost:
         """Moves so many streams of hidden states through all layers."""
-        running = self.run_all(shape.layers, self.tokens, streams).beside(self.states(streams))
-        return self.embedding().times(streams).beside(self.states(streams - 1)).then(running)
+        running = self.run_all(shape.layers, self.tokens, streams).beside(self.kept_states(streams))
+        return self.embedding().times(streams).beside(self.kept_states(streams - 1)).then(running)
 
     def refit(self, layer: LayerShape, *, attention: bool = True) -> Cost:
         """Observes the inputs of a layer's output projections and refits these, as healing does."""
         queries = self.queries(layer)
         of_channels = (
-            self.summing(layer.width).then(self.fitting(layer.width)).beside(self.gram(layer.width))
+            self.summing(layer.width).beside(self.gram(layer.width)).then(self.fitting(layer.width))
             if layer.width
             else Cost()
         )
         of_heads = (
-            self.summing(queries).then(self.fitting(queries)).beside(self.gram(queries)) if attention else Cost()
+            self.summing(queries).beside(self.gram(queries)).then(self.fitting(queries)) if attention else Cost()
         )
         run = self.run(layer, self.tokens)
         changed = self.itemsize * self.hidden * (layer.width + (queries if attention else 0))
@@ -258,6 +271,8 @@ def searching(work: Workload, shape: Shape, variants: Iterable[tuple[int, int, f
     together = max(1, min(len(changes), search.MEMORY // int(work.on(1).states()) - 1))
     fitting = search.MEMORY // (int(work.on(1).states()) * (together + 1))
     windows = 1 if race else max(1, min(layerwise.TOKENS_PER_BATCH // work.length, fitting, work.windows))
+    if work.shelf < math.inf:
+        together = max(together, min(len(changes), int(work.shelf / work.on(1).states()) - 1))
     few, groups = replace(work, windows=windows), -(-len(changes) // together)
     runs = [float(groups)] * len(shape.layers)
     for start, resume, changed in changes:
@@ -267,7 +282,7 @@ def searching(work: Workload, shape: Shape, variants: Iterable[tuple[int, int, f
     layers = [few.run(layer, work.tokens, count) for layer, count in zip(shape.layers, runs, strict=True)]
     losses = 4 * work.tokens * (len(changes) + 1) * 2
     searched = Cost().then(*layers, few.losses(work.tokens, work.length, len(changes) + 1))
-    return work.embedding().then(searched.beside(work.states() + few.states(together + 1) + losses))
+    return work.embedding().then(searched.beside(work.kept_states() + few.states(together + 1) + losses))
 
 
 def healing(work: Workload, shape: Shape, gone: float) -> Cost:
@@ -279,6 +294,6 @@ def healing(work: Workload, shape: Shape, gone: float) -> Cost:
     share = (len(shape.layers) - gone) / len(shape.layers) / 2
     refits = [work.refit(layer) for layer in shape.layers]
     one = Cost().then(*refits).times(3 * share)
-    held = max(cost.memory for cost in refits) + work.states(5)
+    held = max(cost.memory for cost in refits) + work.kept_states(5)
     left = share * sum(cost.left for cost in refits)
     return work.walk(shape, streams=2).then(replace(one, memory=held, left=left))

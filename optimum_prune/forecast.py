@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_prune import checkpoint, speed
 from optimum_prune.anatomy import find_family
-from optimum_prune.calibration import CHARACTERS, CHARACTERS_PER_TOKEN, LENGTH, SAMPLES, Text, texts_to_use
+from optimum_prune.calibration import CHARACTERS, CHARACTERS_PER_TOKEN, LENGTH, PIECE, SAMPLES, Text, texts_to_use
 from optimum_prune.compress import check_conversions, foresee
 from optimum_prune.cost import Cost, Workload
 from optimum_prune.errors import RecipeError
@@ -35,7 +35,7 @@ RETAINED = 0.5
 SCATTERED = 1.25
 """What a pass takes of the system for each byte that it holds: what is free lies between what is not."""
 READING, READ = 145, 65
-"""Bytes that a character of the text takes while it is tokenized, and afterwards."""
+"""Bytes that a character takes while it is tokenized, and afterwards."""
 WIKITEXT_SIZE = 11_000_000
 """Characters of the text that is read if none is named; what others of the Hub have is not known without a network."""
 TOKENIZER = 700
@@ -185,7 +185,9 @@ def forecast(recipe: Recipe, plugins: Plugins) -> Forecast:
     dtype = checkpoint.dtype_of(config, recipe.settings.dtype)
     offloaded = _offloaded(opened, recipe, shapes[0].parameters * dtype.itemsize, device)
     calibration, evaluation = _windows(recipe, length_limit(text))
-    work = _workload(text, shapes[0], dtype.itemsize, *calibration, offloaded=offloaded)
+    work = _workload(
+        text, shapes[0], dtype.itemsize, *calibration, offloaded=offloaded, shelf=recipe.settings.shelf(offloaded)
+    )
     mapped = dtype == (config.dtype or dtype) and device == "cpu" and not opened.gguf_file
     planner = _Planner(recipe, shapes, work, evaluation, speed.measured(dtype, device), mapped)
     steps = tuple(planner.steps())
@@ -242,6 +244,7 @@ def _workload(
     length: int,
     *,
     offloaded: bool,
+    shelf: float,
 ) -> Workload:
     query_heads = config.num_attention_heads
     heads = getattr(config, "num_key_value_heads", None) or query_heads
@@ -259,6 +262,7 @@ def _workload(
         windows=windows,
         length=length,
         offloaded=offloaded,
+        shelf=shelf,
         active=min(chosen / experts, 1.0) if experts else 1.0,
     )
 
@@ -297,10 +301,11 @@ class _Planner:
     def steps(self) -> Iterator[Step]:
         """What happens, in order."""
         before, after, offloaded = self._shapes[0], self._shapes[-1], self._work.offloaded
-        characters = [_characters(text) for text in texts_to_use(self._recipe.calibration, self._recipe.evaluation)]
-        reading = Cost(memory=READING * max(characters), reading=before.parameters * self._work.itemsize)
+        texts = texts_to_use(self._recipe.calibration, self._recipe.evaluation)
+        piece = min(max(map(_characters, texts)), PIECE)
+        reading = Cost(memory=READING * piece, reading=before.parameters * self._work.itemsize)
         yield self._step("loading", "", before, reading, 0 if self._mapped else self._weights)
-        self._retained = READ * sum(characters)
+        self._retained = READ * piece
         yield from self._evaluating("evaluation before", before)
         self._retained = 0.0  # a run gives it back here, and offloaded after each decision
         for shape, step in zip(self._shapes, self._recipe.passes, strict=False):
@@ -316,8 +321,7 @@ class _Planner:
         size = after.parameters * self._work.itemsize
         yield self._step("saving", "", None, Cost(reading=3 * size), self._weights)
         if not offloaded:  # the pruned model is gone; the reloaded one is mapped from its files
-            self._retained += self._weights - before.parameters * self._work.itemsize
-            self._weights = size
+            self._retained, self._weights = 0.0, size
         probing = self._work.on(1, PROBED).run_all(after.layers, PROBED).then(self._work.losses(PROBED, PROBED))
         yield self._step("verification", "", None, probing, self._weights)
         yield from self._evaluating("evaluation after", after)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,12 @@ class Settings:
         """Refuses a memory that is no size."""
         if self.memory is not None:
             size_of(self.memory)
+
+    def shelf(self, offloads: bool) -> float:
+        """Bytes of activations to keep in memory, if the weights are on disk or not."""
+        if self.memory is not None:
+            return size_of(self.memory)
+        return 0 if offloads else math.inf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
