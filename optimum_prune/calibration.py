@@ -126,10 +126,10 @@ class Calibration:
         """Activations for later, in memory or on the shelf."""
         return activations if self.shelf is None else self.shelf.keep(activations)
 
-    def put_back(self) -> None:
+    def put_back(self, *activations: Tensor) -> None:
         """Gives back the memory of activations on the shelf, until they are used again."""
         if self.shelf is not None:
-            self.shelf.put_back()
+            self.shelf.put_back(*activations)
 
     @classmethod
     def from_tokens(

@@ -59,7 +59,9 @@ def next_token_losses(
 
     The float32 copies that the softmax needs are made for a few tokens at a time.
     """
-    return torch.stack([token_losses(*window).double().sum() for window in zip(logits, tokens, mask, strict=True)])
+    return torch.stack(
+        [token_losses(*window).cpu().double().sum() for window in zip(logits, tokens, mask, strict=True)]
+    )
 
 
 def token_losses(

@@ -108,10 +108,10 @@ def _bridge(
     if path is None:
         return
     if len(blocks) > 1:
-        wanted = [
-            visit.keep(middle + far.to(middle.device) - near)
-            for middle, far, near in zip(attended, goal, behind, strict=True)
-        ]
+        wanted = []
+        for middle, far, near in zip(attended, goal, behind, strict=True):
+            wanted.append(visit.keep(middle + far.to(middle.device) - near))
+            visit.put_back(middle, far, near)
         yield from _refit(visit, family, wanted, damping, family.attention_output, SHARE, progress)
     yield from _refit(visit, family, goal, damping, path, 1.0, progress)
 
@@ -169,7 +169,9 @@ def through(model: PreTrainedModel, family: Family, visit: Visit, layers: range)
     behind = [hidden for _, hidden in visit.stream]
     for index in layers:
         for position, (batch, _) in enumerate(visit.stream):
-            behind[position] = visit.keep(layerwise.run_layers(model, family, batch, behind[position], [index]))
+            before = behind[position]
+            behind[position] = visit.keep(layerwise.run_layers(model, family, batch, before, [index]))
+            visit.put_back(before)
         layerwise.check_finite(behind, f"Decoder layer {index}", visit.shelf)
     return behind
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from optimum_prune import distributed, layerwise
 from optimum_prune.evaluation import token_losses
+from optimum_prune.statistics import solving_device
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -29,10 +30,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def magnitudes(model: PreTrainedModel, family: Family) -> list[float]:
     """Of each layer the sum of `|w|` over its matrices and norms, biases left out."""
-    return [
-        sum(weight.float().abs().sum(dtype=torch.float64).item() for weight in _weights(layer))
-        for layer in family.layers_of(model)
-    ]
+    return [sum(_total(weight.float().abs()) for weight in _weights(layer)) for layer in family.layers_of(model)]
 
 
 def taylor(model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress) -> list[float]:
@@ -49,7 +47,7 @@ def taylor(model: PreTrainedModel, family: Family, calibration: Calibration, pro
             before = [hidden]
             for index, layer in enumerate(layers):
                 before.append(calibration.keep(batch.run(layer, index, before[-1])))
-                calibration.put_back()
+                calibration.put_back(before[-2])
             streams.append((batch, before))
     with _frozen(model):
         gradients = [calibration.keep(_at_the_end(model, family, batch, before.pop())) for batch, before in streams]
@@ -65,19 +63,13 @@ def taylor(model: PreTrainedModel, family: Family, calibration: Calibration, pro
                     output = batch.run(layers[index], index, hidden)
                     found = torch.autograd.grad(output, [hidden, *weights], gradients[position], allow_unused=True)
                 gradients[position] = calibration.keep(found[0])
-                calibration.put_back()
                 for total, gradient in zip(sums, found[1:], strict=True):
                     if gradient is not None:  # an expert that no token reached
                         total += gradient.float()
             for weight in weights:
                 weight.requires_grad_(False)
             products = zip(weights, map(distributed.all_sum, sums), strict=True)
-            scores.append(
-                sum(
-                    (weight.detach().float() * total).abs().sum(dtype=torch.float64).item()
-                    for weight, total in products
-                )
-            )
+            scores.append(sum(_total((weight.detach().float() * total).abs()) for weight, total in products))
     return scores[::-1]
 
 
@@ -102,13 +94,19 @@ def distances(
         for index, layer in enumerate(layers):
             recent.append(batch.run(layer, index, recent[-1]))
             if len(recent) > span:
-                before, behind = (each[counted.to(each.device)].double() for each in (recent.pop(0), recent[-1]))
+                rows = (each[counted.to(each.device)] for each in (recent.pop(0), recent[-1]))
+                before, behind = (each.to(solving_device(each.device)).double() for each in rows)
                 cosine = nn.functional.cosine_similarity(before.to(behind.device), behind, dim=-1)
                 away = cosine.clamp(-1, 1).arccos() / torch.pi if angular else 1 - cosine
                 totals[index + 1 - span] += away.sum().cpu()
-        calibration.put_back()
+        calibration.put_back(hidden)
     *totalled, counted_in_all = distributed.all_sums([*totals, count])
     return [total / counted_in_all for total in totalled]
+
+
+def _total(values: Tensor) -> float:
+    """The sum, float64."""
+    return values.to(solving_device(values.device)).sum(dtype=torch.float64).item()
 
 
 def _last(mask: Tensor) -> Tensor:

@@ -258,14 +258,20 @@ class Visit:
             self.observe_heads(_ignore)
         counts = self._family.head_counts(self.layer)
         index = features_of(kept, counts.queries * counts.size)
-        self._heads = [self.keep(heads[..., index.to(heads.device)]) for heads in self._heads]
+        self._heads = [self._part(heads, index) for heads in self._heads]
 
     def narrow(self, kept: Sequence[int]) -> None:
         """Keeps only these of the channels, likewise."""
         if not self._channels:
             self.observe_channels(_ignore)
         index = torch.tensor(kept)
-        self._channels = [self.keep(channels[..., index.to(channels.device)]) for channels in self._channels]
+        self._channels = [self._part(channels, index) for channels in self._channels]
+
+    def _part(self, activations: Tensor, index: Tensor) -> Tensor:
+        """These of the features, kept in place of all."""
+        part = self.keep(activations[..., index.to(activations.device)])
+        self.put_back(activations)
+        return part
 
     def outputs(self) -> Iterator[tuple[Float[Tensor, "tokens features"], Float[Tensor, "w t h"]]]:
         """What was observed last as rows, and the hidden states behind it, batch by batch, with padding.
@@ -359,6 +365,7 @@ class Visit:
         self._batch = batch
         attention = self._family.module(self.layer, self._family.attention)
         with ExitStack() as stack:
+            stack.callback(self._put_back, position)  # however far the layer runs
             if "attention" in self._gone:
                 _silence(stack, self._family, self.layer, "attention")
             elif position < len(self._heads):
@@ -372,10 +379,7 @@ class Visit:
                 _silence(stack, self._family, self.layer, "feed_forward")
             elif position < len(self._channels):
                 self._answer_for_channels(stack, self._channels[position])
-            found = batch.run(self.layer, self.index, hidden)
-        if self.shelf is not None:
-            self.shelf.put_back()
-        return found
+            return batch.run(self.layer, self.index, hidden)
 
     def _keep_attended(self, _: nn.Module, __: object, result: Any) -> None:
         if isinstance(result, tuple):  # with the weights of attention, if they are asked for
@@ -386,6 +390,17 @@ class Visit:
     def keep(self, activations: Tensor) -> Tensor:
         """Activations for later, in memory or on the shelf."""
         return activations if self.shelf is None else self.shelf.keep(activations)
+
+    def _put_back(self, position: int) -> None:
+        """Gives back the memory of whatever is kept of a batch on the shelf."""
+        one = slice(position, position + 1)
+        attended = (each[0] if isinstance(each, tuple) else each for each in self._attended[one])
+        self.put_back(self.stream[position][1], *attended, *self._heads[one], *self._channels[one])
+
+    def put_back(self, *activations: Tensor) -> None:
+        """Gives back the memory of activations on the shelf, until they are used again."""
+        if self.shelf is not None:
+            self.shelf.put_back(*activations)
 
     def _attend(self, position: int) -> tuple[Tensor, None]:
         """What attention puts out, from the outputs of its heads; attentions of transformers put out their weights as well."""
@@ -455,7 +470,7 @@ def check_finite(hidden_states: Iterable[Tensor], what: str, shelf: Shelf | None
     for hidden in hidden_states:
         finite = finite and (len(hidden) == 0 or bool(torch.stack(torch.aminmax(hidden)).isfinite().all()))
         if shelf is not None:
-            shelf.put_back()
+            shelf.put_back(hidden)
     if not distributed.by_all(finite):
         raise NumericalError(
             f"{what} of the model puts out values that are not finite. Look for NaN or infinity in its weights, or compute "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
+import os
 import struct
 import weakref
 from bisect import bisect_right
@@ -174,7 +175,7 @@ class Shelf:
         self.budget = budget
         self._folder = folder
         self._held = 0
-        self._files: dict[int, weakref.ref[Tensor]] = {}
+        self._addresses: set[int] = set()
         self._numbers = count()
 
     def keep(self, tensor: Tensor) -> Tensor:
@@ -186,26 +187,35 @@ class Shelf:
             weakref.finalize(tensor, self._let_go, tensor.nbytes)
             return tensor
         self._folder.mkdir(exist_ok=True)
-        number = next(self._numbers)
-        file = self._folder / str(number)
+        file = self._folder / str(next(self._numbers))
         try:
+            _allocate(file, tensor.nbytes)
             kept = torch.from_file(str(file), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
         finally:
             file.unlink(missing_ok=True)  # it lives as long as the memory that it is mapped to
         kept.copy_(tensor)
-        self._files[number] = weakref.ref(kept)
-        weakref.finalize(kept, self._files.pop, number, None)
+        self._addresses.add(kept.data_ptr())
+        weakref.finalize(kept, self._addresses.discard, kept.data_ptr())
         _advise(kept, mmap.MADV_DONTNEED)
         return kept
 
     def _let_go(self, size: int) -> None:
         self._held -= size
 
-    def put_back(self) -> None:
-        """Gives back the memory of what lies in files; it is read again when it is used again."""
-        for reference in list(self._files.values()):
-            if (tensor := reference()) is not None:
+    def put_back(self, *tensors: Tensor) -> None:
+        """Gives back the memory of those of the tensors that lie in files; they are read again when they are used again."""
+        for tensor in tensors:
+            if tensor.data_ptr() in self._addresses:
                 _advise(tensor, mmap.MADV_DONTNEED)
+
+
+def _allocate(file: Path, size: int) -> None:
+    """Makes a file of so many bytes; on a full disk that fails here, and not with a signal when they are written."""
+    with file.open("wb") as opened:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(opened.fileno(), 0, size)
+        else:  # macOS, Windows
+            opened.truncate(size)
 
 
 def _advise(tensor: Tensor, advice: int) -> None:

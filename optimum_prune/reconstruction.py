@@ -18,7 +18,7 @@ from optimum_prune.anatomy import Linear
 from optimum_prune.elimination import Elimination, cholesky, damp, solved
 from optimum_prune.errors import NumericalError
 from optimum_prune.layerwise import Visit
-from optimum_prune.statistics import Cross, Gram
+from optimum_prune.statistics import Cross, Gram, solving_device
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Aim:
-    """The linear map that a projection, or what is kept of it, is to compute."""
+    """The linear map that a projection, or what is kept of it, is to compute; where float64 is computed."""
 
     weight: Float[Tensor, "out in"]
     bias: Float[Tensor, " out"] | None
@@ -37,7 +37,8 @@ class Aim:
     @classmethod
     def of(cls, linear: Linear) -> Aim:
         """What a projection computes as it is."""
-        return cls(linear.weight, linear.bias)
+        device = solving_device(linear.weight.device)
+        return cls(linear.weight.to(device), None if linear.bias is None else linear.bias.to(device))
 
     def moments(self, gram: Gram, damping: float) -> Float[Tensor, "in in"]:
         """H above; of the inputs less their mean if there is a bias to take that over."""
@@ -115,10 +116,11 @@ def _moved(
     if not visit.adds_output(path):
         return None
     aim = Aim.of(family.linear(visit.layer, path))
-    lack = Cross(gram.features, aim.weight.shape[0], aim.weight.device)
+    lack = Cross(gram.features, aim.weight.shape[0], family.linear(visit.layer, path).weight.device)
     for (rows, hidden), (batch, _), wanted in zip(visit.outputs(), visit.stream, goal, strict=True):
         counted = batch.mask.flatten().to(hidden.device)
         lack.add(rows[counted], (wanted.to(hidden.device).float() - hidden.float()).flatten(0, -2)[counted])
+        visit.put_back(rows, wanted)
     with named(f"The projection '{path}' of layer {visit.index}", aim.weight, damping):
         factor = cholesky(aim.moments(gram, damping))
     products = lack.value if aim.bias is None else lack.centered(gram)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,7 +23,7 @@ from optimum_prune.options import as_plain
 from optimum_prune.passes import FolderPass, Job, Outcome, PrunePass, Stage
 from optimum_prune.plugins import Plugins
 from optimum_prune.progress import Progress
-from optimum_prune.recipe import Recipe, size_of
+from optimum_prune.recipe import Recipe
 from optimum_prune.report import Change, Report
 from optimum_prune.runtime import Expected, Runtime, compare, open_in_transformers
 from optimum_prune.staging import Staging
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-SHELF = 0
-"""Bytes of activations and grams kept in memory if the weights are on disk and nothing else is said."""
 SURPRISE = 0.05
 """By this fraction of a model's parameters, a pass may leave more or less than it foresaw."""
 
@@ -72,6 +71,8 @@ class Run:
     def found(self, resume: bool) -> Report | None:
         """The report of what an earlier run finished, whose checkpoint becomes the result so far."""
         found = self.unfinished.find([(step.name, as_plain(step)) for step in self.recipe.passes], resume)
+        if resume and not self.unfinished.folder.exists():
+            self.progress.say(f"There is nothing to go on from at {self.unfinished.folder} yet; beginning.")
         if found is None or found.passes < len(self.pruning):
             return None
         self.staging.result = found.checkpoint
@@ -114,6 +115,7 @@ class Run:
         probe, dtype = checkpoint.probe(model, self.texts.calibration.tokens), model.dtype
         spread = len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
         del model
+        give_back()
         reloaded, verified = checkpoint.verify(
             folder,
             probe,
@@ -123,6 +125,7 @@ class Run:
             self.progress,
             store,
         )
+        give_back()
         after, left = self.perplexity(reloaded), parameters(reloaded)
         report = Report(
             model=subject.name,
@@ -143,10 +146,8 @@ class Run:
 
     def shelf(self, offloads: bool) -> Shelf | None:
         """Where activations are kept, if not all in memory."""
-        memory = self.recipe.settings.memory
-        if memory is None and not offloads:
-            return None
-        return Shelf(self.staging.root / "activations", SHELF if memory is None else size_of(memory))
+        budget = self.recipe.settings.shelf(offloads)
+        return None if budget == math.inf else Shelf(self.staging.root / "activations", int(budget))
 
     def perplexity(self, model: PreTrainedModel) -> Perplexity | None:
         """Of a model in memory, if any is to be measured."""

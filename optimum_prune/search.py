@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from optimum_prune.layerwise import Batch
     from optimum_prune.progress import Progress
 
-MEMORY = 2**29
+MEMORY = 2**28
 """Bytes that the streams of a search may take."""
 BLOCK = 32
 """Neighbouring tokens whose losses count as one observation."""
@@ -116,8 +116,8 @@ def measure(
     for number, step in enumerate(progress.track(steps, description), start=1):
         if step is not None:
             kept = progress.once(description, partial(losses_on, step))
+            calibration.put_back(step[1])
             mine += [dict(zip((*racing, len(variants)), window, strict=True)) for window in kept]
-            calibration.put_back()
         if not race and number < len(steps):
             continue
         for window in distributed.gathered(mine):  # one by one, as if a single process had measured them
@@ -141,6 +141,8 @@ def _at_once(
     of_window = length * family.text_config(model.config).hidden_size * model.dtype.itemsize
     together = max(1, min(variants, MEMORY // of_window - 1))
     windows = min(layerwise.TOKENS_PER_BATCH // length, MEMORY // (of_window * (together + 1)))
+    if calibration.shelf is not None:  # the same windows at once, so that the losses are the same to the bit
+        together = max(together, min(variants, calibration.shelf.budget // of_window - 1))
     return 1 if race else max(1, windows), together
 
 

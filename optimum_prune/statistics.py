@@ -36,6 +36,11 @@ def _multiplied_as(dtype: torch.dtype) -> Iterator[None]:
         settings.fp32_precision = before
 
 
+def solving_device(device: torch.device) -> torch.device:
+    """Where float64 is computed of what is on a device: there, or on the CPU where a device (Apple's mps) has none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 class Gram:
     """`X'X` of the activations at one place, summed over tokens, in float32 whatever the dtype of the activations.
 
@@ -51,7 +56,8 @@ class Gram:
         self._upper = upper if shelf is None else shelf.keep(upper)
         self._shelf = shelf
         self.features = features
-        self._sum = torch.zeros(features + 1, dtype=torch.float64, device=device)  # the last counts tokens
+        self._solving = solving_device(device)
+        self._sum = torch.zeros(features + 1, dtype=torch.float64, device=self._solving)  # the last counts tokens
         self._summed = False
 
     def add(self, activations: Float[Tensor, "tokens features"]) -> None:
@@ -61,7 +67,7 @@ class Gram:
             for start in range(0, rows.shape[1], BLOCK):
                 columns = rows[:, start : start + BLOCK]
                 self._upper[start : start + BLOCK, start:].addmm_(columns.T, rows[:, start:])
-        self._sum[:-1] += rows.sum(0)
+        self._sum[:-1] += rows.sum(0).to(self._solving)
         self._sum[-1] += len(rows)
         self._put_back()
 
@@ -105,7 +111,7 @@ class Gram:
     def _whole(self, dtype: torch.dtype) -> Float[Tensor, "features features"]:
         """With what lies below the diagonal filled in, block by block: no other matrix of this size is needed."""
         self._complete()
-        whole = self._upper.to(dtype, copy=True)
+        whole = self._upper.to(self._solving).to(dtype, copy=True)
         for start in range(0, self.features, BLOCK):
             end = start + BLOCK
             block = whole[start:end, start:end]
@@ -117,7 +123,7 @@ class Gram:
     def _put_back(self) -> None:
         """Gives back the memory of the sum, if it is in a file, until it is used again."""
         if self._shelf is not None:
-            self._shelf.put_back()
+            self._shelf.put_back(self._upper)
 
 
 class Cross:
@@ -125,13 +131,14 @@ class Cross:
 
     def __init__(self, features: int, lacking: int, device: torch.device) -> None:
         self._value = torch.zeros(features, lacking, device=device)
-        self._sum = torch.zeros(lacking + 1, dtype=torch.float64, device=device)  # the last counts tokens
+        self._solving = solving_device(device)
+        self._sum = torch.zeros(lacking + 1, dtype=torch.float64, device=self._solving)  # the last counts tokens
         self._summed = False
 
     def add(self, activations: Float[Tensor, "tokens features"], lack: Float[Tensor, "tokens lacking"]) -> None:
         """Adds the outer products of these rows."""
         self._value.addmm_(activations.float().T, lack.float())
-        self._sum[:-1] += lack.sum(0)
+        self._sum[:-1] += lack.sum(0).to(self._solving)
         self._sum[-1] += len(lack)
 
     def _complete(self) -> None:
@@ -156,7 +163,7 @@ class Cross:
     def value(self) -> Float[Tensor, "features lacking"]:
         """The products so far, float64."""
         self._complete()
-        return self._value.double()
+        return self._value.to(self._solving).double()
 
     def centered(self, gram: Gram) -> Float[Tensor, "features lacking"]:
         """Those of the activations less their mean, which is that of their gram."""

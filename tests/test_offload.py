@@ -2,7 +2,11 @@
 
 import hashlib
 import json
-from pathlib import Path
+import mmap
+import struct
+import sys
+import weakref
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -11,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from optimum_prune import Depth, Osscar, Recipe, Settings, Text, checkpoint, compress
+from optimum_prune.anatomy import find_family
 from optimum_prune.errors import CheckpointError, RecipeError
 from optimum_prune.methods.block_pruner import BlockPruner
 from optimum_prune.offload import Shelf, Store, weight_files, write
 from optimum_prune.progress import Progress
 from optimum_prune.recipe import size_of
+from optimum_prune.surgery import carry_out
 
 
 def digests(folder):
@@ -27,16 +33,12 @@ def digests(folder):
 
 
 def resident(tensor):
-    """How many of a mapped tensor's bytes are in memory."""
-    span = None
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        first = line.split()[0]
-        if "-" in first and not line.startswith("VmFlags"):
-            start, end = (int(part, 16) for part in first.split("-"))
-            span = start <= tensor.data_ptr() < end
-        elif span and line.startswith("Rss:"):
-            return int(line.split()[1]) * 1024
-    raise AssertionError("no such mapping")
+    """How many of a mapped tensor's bytes are in memory; Linux only."""
+    pages = range(tensor.data_ptr() // mmap.PAGESIZE, -(-(tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE))
+    with Path("/proc/self/pagemap").open("rb", buffering=0) as opened:
+        opened.seek(8 * pages[0])
+        entries = struct.unpack(f"{len(pages)}Q", opened.read(8 * len(pages)))
+    return sum(entry >> 63 for entry in entries) * mmap.PAGESIZE
 
 
 @pytest.fixture
@@ -168,7 +170,7 @@ class TestShelf:
         assert shelf.keep(small) is small
         kept = shelf.keep(large)
         assert torch.equal(kept, large)
-        shelf.put_back()
+        shelf.put_back(kept)
         assert resident(kept) == 0
         assert torch.equal(kept, large)
 
@@ -185,6 +187,47 @@ class TestShelf:
         kept = shelf.keep(torch.randn(10))
         assert list((tmp_path / "shelf").iterdir()) == []
         assert kept.shape == (10,)
+
+
+class Watched(Shelf):
+    """Knows how many bytes were kept at most, and how many of them were in memory whenever one more was."""
+
+    def __init__(self, folder):
+        super().__init__(folder, 0)
+        self.kept = self.in_memory = 0
+        self._live = []
+
+    def keep(self, tensor):
+        kept = super().keep(tensor)
+        self._live = [other for other in self._live if other() is not None]
+        self._live.append(weakref.ref(kept))
+        self.kept = max(self.kept, sum(other().nbytes for other in self._live))
+        self.in_memory = max(self.in_memory, sum(resident(other()) for other in self._live))
+        return kept
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="which pages are in memory is known on Linux only")
+@pytest.mark.parametrize(
+    "step",
+    [
+        Osscar(ratio=0.5, head_ratio=0.5),
+        Osscar(ratio=0.5, correction=0.5),
+        Depth(drop=(1,)),
+        Depth(layers=1),
+        Depth(layers=1, criterion="taylor", heal=False, protect_first=0, protect_last=0),
+        Depth(layers=1, criterion="cosine", heal=False),
+    ],
+    ids=str,
+)
+def test_little_of_the_activations_is_in_memory_at_a_time(step, plugins, tmp_path):
+    model = tiny.model("llama")
+    shelf = Watched(tmp_path / "shelf")
+    calibration = replace(tiny.windows(96, 128), shelf=shelf)  # 6 batches, a few of which a step works on
+    family = find_family(model.config, plugins.families)
+    for decision in step.decide(model, family, calibration, Progress()):
+        carry_out(model, family, decision)
+    assert shelf.kept > 1e6
+    assert shelf.in_memory < 0.35 * shelf.kept
 
 
 def test_files_are_written_as_safetensors_does(tmp_path):

@@ -152,7 +152,7 @@ class Depth(PrunePass):
             bridges = [replace(work.refit(layer, attention=False), left=0.0) for layer in shape.layers]
             finalists = min(FINALISTS, layers - count + 1)
             copies = finalists * max(map(work.layer, shape.layers))
-            bridging = Cost().then(*bridges).times(2 * finalists / layers).beside(work.states(2) + copies)
+            bridging = Cost().then(*bridges).times(2 * finalists / layers).beside(work.kept_states(2) + copies)
             spans = [(layers // 2, layers // 2 + count, 1.0)] * finalists if layers // 2 + count <= layers else []
             cost = cost.then(work.walk(shape), bridging, searching(few, shape, spans, race=False).beside(copies))
         return cost.then(healing(work, shape, count))
@@ -167,10 +167,10 @@ class Depth(PrunePass):
         if self.criterion == "taylor":
             backwards = work.run_all(shape.layers, work.tokens, 3).then(work.losses(work.tokens, work.length, 3))
             weights = 2 * 4 * max(layer.parameters for layer in shape.layers)
-            return backwards.beside(work.states(layers + 2) + work.logits(work.tokens) + weights)
+            return backwards.beside(work.kept_states(layers + 2) + work.logits(work.tokens) + weights)
         span = count if self.shape == "window" else 1
         if self.criterion != "perplexity":
-            return work.run_all(shape.layers, work.tokens).beside(work.states() + work.on(1).states(span + 4))
+            return work.run_all(shape.layers, work.tokens).beside(work.kept_states() + work.on(1).states(span + 4))
         spans = [(start, start + span, 0.0) for start in range(first, layers - last - span + 1)]
         if self.shape != "greedy":
             return searching(work, shape, spans, race=race)

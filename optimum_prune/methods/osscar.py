@@ -33,7 +33,7 @@ from optimum_prune.passes import Pass, PrunePass
 from optimum_prune.progress import Progress
 from optimum_prune.reconstruction import Aim, gram_for, moved, named, observed_channels, observed_heads
 from optimum_prune.shape import LayerShape, Shape
-from optimum_prune.statistics import Gram
+from optimum_prune.statistics import Gram, solving_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,13 +222,13 @@ class Osscar(PrunePass):
         pairs = list(zip(shape.layers, self.foresee(shape).layers, strict=True))
         streams = 2 if self._correction else 1
         walk = work.walk(shape, streams)
-        each = [self._cutting(work, before, after).beside(work.states(streams)) for before, after in pairs]
+        each = [self._cutting(work, before, after).beside(work.kept_states(streams)) for before, after in pairs]
         if self.allocation == "uniform":
             return walk.then(*each)
         few = work.on(min(HELD_OUT, work.windows), min(LENGTH, work.length))
         one, halves = replace(work, windows=max(work.windows - few.windows, 1)), range(len(pairs))
         trials = [self._trying(one, few, shape, index, pairs[index][1]) for index in halves]
-        return Cost().then(*trials).beside(work.states() + few.states(6)).then(walk, *each)
+        return Cost().then(*trials).beside(work.kept_states() + few.states(6)).then(walk, *each)
 
     def _cutting(self, work: Workload, before: LayerShape, after: LayerShape) -> Cost:
         """What it takes to cut one layer, besides moving the hidden states through it."""
@@ -242,15 +242,15 @@ class Osscar(PrunePass):
             found = work.eliminating(features, work.queries(after), one_shot=True)
             cost = cost.then(found, work.summing(features).beside(work.gram(features))).then(Cost(kept))
         if width:
-            narrowing = Cost(work.tokens * after.width * work.itemsize + work.gram(before.width))
-            found = work.eliminating(before.width, after.width, self.one_shot)
+            narrowing = Cost(work.kept(work.tokens * after.width * work.itemsize) + work.gram(before.width))
+            found = work.eliminating(before.width, after.width, self.one_shot, swaps=self.swaps)
             if self._correction:
                 found = found.then(work.fitting(before.width))
             cost = cost.then(found, work.summing(before.width).beside(work.gram(before.width)), narrowing)
         if experts := before.per_expert_channel // (3 * work.hidden) if before.expert_width else 0:
             found = work.eliminating(before.expert_width, after.expert_width, self.one_shot).times(experts)
             summing = work.summing(before.expert_width, work.tokens * work.active * experts)
-            cost = cost.then(found, summing).beside(experts * 4 * before.expert_width**2)
+            cost = cost.then(found, summing).beside(work.kept(experts * 4 * before.expert_width**2))
         return replace(cost.beside(kept), left=0.0 if work.offloaded else left * work.itemsize)
 
     def _trying(self, work: Workload, few: Workload, shape: Shape, index: int, after: LayerShape) -> Cost:
@@ -260,7 +260,7 @@ class Osscar(PrunePass):
         costs = [work.run(layer, work.tokens)]
         for part in parts:
             count = len(part.sizes) + 1
-            copies = count * (work.layer(layer) + 8 * work.hidden * layer.width)
+            copies = count * (work.layer(layer) + work.itemsize * work.hidden * layer.width)
             trial = self._cutting(work, layer, layer.narrowed(**{part.field: part.sizes[-1]}))
             runs = few.run_all(behind, few.tokens, count).then(few.losses(few.tokens / STRIDE, few.length, count))
             costs += [trial.times(len(part.sizes)), runs.beside(copies + work.observed(layer, heads=True))]
@@ -431,6 +431,7 @@ class Osscar(PrunePass):
         described = family.experts
         assert described is not None
         output: Tensor = getattr(family.module(visit.layer, described.module), described.output).detach()
+        output = output.to(solving_device(output.device))
         results = [
             self._eliminated(f"Expert {number} of layer {visit.index}", gram, Aim(weight, None), keep)
             for number, (gram, weight) in enumerate(zip(grams.routed, output, strict=True))
