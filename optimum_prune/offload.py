@@ -57,6 +57,23 @@ CHUNK = 2**24
 """How many bytes are written at a time."""
 
 
+_STORES: weakref.WeakKeyDictionary[nn.Module, Store] = weakref.WeakKeyDictionary()
+"""Of each layer that gives its memory back when it has run, where its weights are."""
+_HELD: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@contextmanager
+def held(layer: nn.Module) -> Iterator[None]:
+    """Keeps the weights of a layer in memory between several runs of it, for the time of a `with`."""
+    _HELD.add(layer)
+    try:
+        yield
+    finally:
+        _HELD.discard(layer)
+        if layer in _STORES:
+            _STORES[layer].release(layer)
+
+
 class Store:
     """Where the weights of a model are while it is not resident.
 
@@ -103,7 +120,8 @@ class Store:
         for layers in lists:
             for layer, following in zip(layers, [*layers[1:], None], strict=True):
                 layer.register_forward_pre_hook(lambda *_, following=following: self._read_ahead(following))
-                layer.register_forward_hook(lambda module, *_: self.release(module), always_call=True)
+                layer.register_forward_hook(lambda module, *_: self._release_unless_held(module), always_call=True)
+                _STORES[layer] = self
         for module in model.modules():
             if id(module) not in inside and any(True for _ in module.parameters(recurse=False)):
                 module.register_forward_hook(lambda module, *_: self.release(module), always_call=True)
@@ -111,6 +129,10 @@ class Store:
     def _read_ahead(self, module: nn.Module | None) -> None:
         for parameter in () if module is None else module.parameters():
             self._advise(parameter, mmap.MADV_WILLNEED)
+
+    def _release_unless_held(self, layer: nn.Module) -> None:
+        if layer not in _HELD:
+            self.release(layer)
 
     def release(self, module: nn.Module) -> None:
         """Gives back the memory of a module's weights; they are read again when they are used again."""

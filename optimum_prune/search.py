@@ -21,10 +21,11 @@ import torch
 from optimum_prune import distributed, layerwise
 from optimum_prune.errors import NumericalError
 from optimum_prune.evaluation import perplexity_of, token_losses
+from optimum_prune.offload import held
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
     from optimum_prune.anatomy import Family
@@ -158,7 +159,7 @@ def _lost(
     """Of each window of a batch, what each variant that is still racing loses, and as the last the model itself."""
     batch, hidden = step
     lost: list[dict[int, Tensor]] = [{} for _ in hidden]
-    layers = len(family.layers_of(model))
+    layers = family.layers_of(model)
     for first in range(0, len(racing), together):
         group = racing[first : first + together]
         ends = _ends(batch, hidden, [variants[index] for index in group], layers, run_layer)
@@ -170,17 +171,22 @@ def _lost(
 
 
 def _ends(
-    batch: Batch, hidden: Float[Tensor, "w t h"], variants: Sequence[Variant], layers: int, run_layer: RunLayer
+    batch: Batch,
+    hidden: Float[Tensor, "w t h"],
+    variants: Sequence[Variant],
+    layers: nn.ModuleList,
+    run_layer: RunLayer,
 ) -> Iterator[Float[Tensor, "w t h"]]:
     """Hidden states behind the last layer: of the model itself, then of each variant."""
     streams: dict[int, Tensor] = {}
-    for index in range(layers):
-        for number, variant in enumerate(variants):
-            if variant.resume <= index and number in streams:
-                streams[number] = run_layer(batch, index, streams[number])
-            elif variant.start == index:
-                streams[number] = variant.run(batch, hidden)
-        hidden = run_layer(batch, index, hidden)
+    for index, layer in enumerate(layers):
+        with held(layer):
+            for number, variant in enumerate(variants):
+                if variant.resume <= index and number in streams:
+                    streams[number] = run_layer(batch, index, streams[number])
+                elif variant.start == index:
+                    streams[number] = variant.run(batch, hidden)
+            hidden = run_layer(batch, index, hidden)
     yield hidden
     yield from (streams.pop(number) for number in range(len(variants)))
 

@@ -58,9 +58,13 @@ def cut_layer(layer: nn.Module, family: Family, cuts: Cuts, index: int, config: 
 
 
 def changed_layer(model: PreTrainedModel, family: Family, decision: Decision, index: int) -> nn.Module:
-    """A copy of a decoder layer on which what a decision says of it is carried out; the model stays."""
-    config = family.text_config(model.config)
-    layer = copy.deepcopy(family.layers_of(model)[index], {id(config): config})
+    """A copy of a decoder layer on which what a decision says of it is carried out; the model stays.
+
+    What the decision does not change takes no memory: surgery puts new values in place of old ones, and never overwrites them.
+    """
+    config, original = family.text_config(model.config), family.layers_of(model)[index]
+    shared = {id(old): nn.Parameter(old.detach(), old.requires_grad) for old in original.parameters()}
+    layer = copy.deepcopy(original, {id(config): config, **shared})
     cut_layer(layer, family, decision.cuts, index, config)
     prefix = f"{family.layers}.{index}."
     assign(layer, {name.removeprefix(prefix): value for name, value in decision.weights.items()})

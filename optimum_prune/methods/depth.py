@@ -151,7 +151,7 @@ class Depth(PrunePass):
         if self.shape == "window" and self.criterion == "perplexity" and self.drop is None:
             bridges = [replace(work.refit(layer, attention=False), left=0.0) for layer in shape.layers]
             finalists = min(FINALISTS, layers - count + 1)
-            copies = finalists * max(map(work.layer, shape.layers))
+            copies = finalists * work.itemsize * work.hidden * max(layer.width for layer in shape.layers)
             bridging = Cost().then(*bridges).times(2 * finalists / layers).beside(work.kept_states(2) + copies)
             spans = [(layers // 2, layers // 2 + count, 1.0)] * finalists if layers // 2 + count <= layers else []
             cost = cost.then(work.walk(shape), bridging, searching(few, shape, spans, race=False).beside(copies))
