@@ -7,6 +7,7 @@ import struct
 import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -18,7 +19,7 @@ from optimum_prune import Depth, Osscar, Recipe, Settings, Text, checkpoint, com
 from optimum_prune.anatomy import find_family
 from optimum_prune.errors import CheckpointError, RecipeError
 from optimum_prune.methods.block_pruner import BlockPruner
-from optimum_prune.offload import Shelf, Store, weight_files, write
+from optimum_prune.offload import Shelf, Store, held, weight_files, write
 from optimum_prune.progress import Progress
 from optimum_prune.recipe import size_of
 from optimum_prune.surgery import carry_out
@@ -149,6 +150,14 @@ class TestStore:
         assert torch.equal(linear(inputs), expected)
         assert resident(linear.weight) < 2**18 < linear.weight.nbytes
         assert torch.equal(linear(inputs), expected)
+
+    def test_a_layer_that_is_held_gives_its_memory_back_at_the_end(self, mapped):
+        store, linear, _ = mapped
+        store.attach(nn.ModuleDict({"layers": nn.ModuleList([linear])}))
+        with held(linear):
+            linear(torch.randn(3, 2048))
+            assert resident(linear.weight) >= linear.weight.nbytes
+        assert resident(linear.weight) == 0
 
     def test_what_changes_is_written_and_mapped_anew(self, mapped, tmp_path):
         store, linear, tensors = mapped
