@@ -268,12 +268,9 @@ def searching(work: Workload, shape: Shape, variants: Iterable[tuple[int, int, f
         variants: of each, its first changed layer, the first behind them, and how many runs of a layer the change takes.
     """
     changes = list(variants)
-    together = max(1, min(len(changes), search.MEMORY // int(work.on(1).states()) - 1))
-    fitting = search.MEMORY // (int(work.on(1).states()) * (together + 1))
-    windows = 1 if race else max(1, min(layerwise.TOKENS_PER_BATCH // work.length, fitting, work.windows))
-    if work.shelf < math.inf:
-        together = max(together, min(len(changes), int(work.shelf / work.on(1).states()) - 1))
-    few, groups = replace(work, windows=windows), -(-len(changes) // together)
+    of_window, budget = int(work.on(1).states()), None if work.shelf == math.inf else work.shelf
+    windows, together = search.at_once(work.length, of_window, len(changes), race=race, budget=budget)
+    few, groups = replace(work, windows=min(windows, work.windows)), -(-len(changes) // together)
     runs = [float(groups)] * len(shape.layers)
     for start, resume, changed in changes:
         runs[start] += changed

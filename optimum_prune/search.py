@@ -110,8 +110,11 @@ def measure(
 
     racing = list(range(len(variants)))
     found: list[list[Tensor]] = [[] for _ in range(len(variants) + 1)]
-    windows, together = _at_once(model, family, calibration, len(variants), race)
-    stream = layerwise.embed(model, family, calibration, windows * calibration.tokens.shape[1])
+    length = calibration.tokens.shape[1]
+    of_window = length * family.text_config(model.config).hidden_size * model.dtype.itemsize
+    budget = None if calibration.shelf is None else calibration.shelf.budget
+    windows, together = at_once(length, of_window, len(variants), race=race, budget=budget)
+    stream = layerwise.embed(model, family, calibration, windows * length)
     mine: list[dict[int, Tensor]] = []
     steps = distributed.steps(stream)
     for number, step in enumerate(progress.track(steps, description), start=1):
@@ -134,16 +137,18 @@ def measure(
     return Losses(base.double().mean().item(), means, tokens, behind)
 
 
-def _at_once(
-    model: PreTrainedModel, family: Family, calibration: Calibration, variants: int, race: bool
-) -> tuple[int, int]:
-    """How many windows, and how many variants on them, have streams that fit in memory together; of a race, one window."""
-    length = calibration.tokens.shape[1]
-    of_window = length * family.text_config(model.config).hidden_size * model.dtype.itemsize
+def at_once(length: int, of_window: int, variants: int, *, race: bool, budget: float | None) -> tuple[int, int]:
+    """How many windows, and how many variants on them, have streams that fit in memory together; of a race, one window.
+
+    Args:
+        length: tokens of a window.
+        of_window: bytes of its hidden states.
+        budget: bytes of activations that may be in memory; if not given, nobody said.
+    """
     together = max(1, min(variants, MEMORY // of_window - 1))
     windows = min(layerwise.TOKENS_PER_BATCH // length, MEMORY // (of_window * (together + 1)))
-    if calibration.shelf is not None:  # the same windows at once, so that the losses are the same to the bit
-        together = max(together, min(variants, calibration.shelf.budget // of_window - 1))
+    if budget is not None:  # the same windows at once, so that the losses are the same to the bit
+        together = max(together, min(variants, int(budget // of_window) - 1))
     return 1 if race else max(1, windows), together
 
 
