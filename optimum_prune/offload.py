@@ -17,6 +17,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -243,9 +244,12 @@ def _allocate(file: Path, size: int) -> None:
 def _advise(tensor: Tensor, advice: int) -> None:
     """Tells the system what will happen to the pages of a tensor that lies in a file."""
     begin = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    ctypes.CDLL(None).madvise(
-        ctypes.c_void_p(begin), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - begin), advice
-    )
+    _libc().madvise(ctypes.c_void_p(begin), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - begin), advice)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _tensor(memory: memoryview, start: int, about: Mapping[str, Any]) -> Tensor:
