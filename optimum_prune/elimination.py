@@ -280,9 +280,8 @@ def refit(
     alive[kept] = True
     lost = weight[:, ~alive].double().T
     pull, loss = gram.new_empty(len(kept), len(weight)), 0.0
-    place = (
-        torch.where(alive, alive.cumsum(0), (~alive).cumsum(0)) - 1
-    )  # among those that stay, or among those that go
+    # Of each input, its place among those that stay, or among those that go.
+    place = torch.where(alive, alive.cumsum(0), (~alive).cumsum(0)) - 1
     for rows, lives, places in zip(
         torch.split(gram, ROWS), torch.split(alive, ROWS), torch.split(place, ROWS), strict=True
     ):
