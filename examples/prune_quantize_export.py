@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from optimum_prune import Depth, Osscar, Pass, Progress, Recipe, Settings, Text, compress, hookimpl
-from optimum_prune.plugins import load
+from optimum_prune.hooks.plugins import load
 
 
 class Tracker:
@@ -39,7 +39,7 @@ class Tracker:
         figures = (
             {}
             if outcome.artefact is None
-            else {"perplexity": outcome.artefact["perplexity"], "bytes": outcome.artefact["bytes"]}
+            else {"perplexity": outcome.artefact.perplexity, "bytes": outcome.artefact.bytes}
         )
         self.log(event="ends", name=outcome.name, seconds=round(time.perf_counter() - self.started, 2), **figures)
 

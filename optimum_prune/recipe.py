@@ -1,25 +1,26 @@
-"""A recipe: frozen data, from YAML or built in Python, checked before a byte of the model is read."""
+"""Recipes: frozen data, from YAML or built in Python, checked before a byte of the model is read."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
-from optimum_prune.calibration import Text, texts_to_use
-from optimum_prune.elsewhere import check_libraries
+from optimum_prune.conversion.interpreter import check_libraries
 from optimum_prune.errors import RecipeError, unknown
+from optimum_prune.hooks.plugins import Plugins
 from optimum_prune.options import as_plain, build, option
-from optimum_prune.passes import FolderPass, Pass, Stage
-from optimum_prune.plugins import Plugins
+from optimum_prune.passes.base import Pass, Stage
+from optimum_prune.passes.folder import FolderPass
+from optimum_prune.text.text import Text, texts_to_use
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
-
 
 UNITS = {
     "": 1,
@@ -32,6 +33,7 @@ UNITS = {
     "GB": 10**9,
     "TB": 10**12,
 }
+"""Bytes of the units that a size may have."""
 
 
 def size_of(text: str) -> int:
@@ -48,7 +50,11 @@ def size_of(text: str) -> int:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What holds for a whole run."""
+    """The settings of a run: on what model, where and how it computes.
+
+    Raises:
+        RecipeError: `memory` is no size.
+    """
 
     model: str | None = option("A folder, a Hub id, or a .gguf file.", None)
     seed: int = option("Seed of every random choice.", 0)
@@ -68,12 +74,15 @@ class Settings:
     trust_remote_code: bool = option("Run modelling code that comes with the checkpoint.", False)
 
     def __post_init__(self) -> None:
-        """Refuses a memory that is no size."""
         if self.memory is not None:
             size_of(self.memory)
 
-    def shelf(self, offloads: bool) -> float:
-        """Bytes of activations to keep in memory, if the weights are on disk or not."""
+    def activation_budget(self, offloads: bool) -> float:
+        """Bytes of activations to keep in memory.
+
+        Args:
+            offloads: whether the weights are on disk.
+        """
         if self.memory is not None:
             return size_of(self.memory)
         return 0 if offloads else math.inf
@@ -81,7 +90,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Passes in order, on what model, by which text.
+    """A recipe: passes in order, on what model, by which text.
 
     Raises:
         RecipeError: no pass, stages out of order, a pass whose libraries are missing, or one text for both uses.
@@ -97,27 +106,20 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.passes:
             raise RecipeError("The recipe has no pass. Name at least one under 'passes'.")
-        for earlier, later in zip(self.passes, self.passes[1:], strict=False):
-            if later.stage < earlier.stage:
-                raise RecipeError(
-                    f"'{later.name}' ({later.stage.name}) comes after '{earlier.name}' ({earlier.stage.name}), and stages only go "
-                    f"forward: PRUNE, RECOVER, QUANTIZE, EXPORT. Put '{later.name}' first."
-                )
-        exports = [step.name for step in self.passes if step.stage is Stage.EXPORT]
-        if len(set(exports)) < len(exports):
-            raise RecipeError(
-                f"The recipe exports twice with the same pass: {', '.join(exports)}. Run a recipe for each."
-            )
-        quantized: Pass | None = None
+        _check_order(self.passes)
         for step in self.passes:
-            if isinstance(step, FolderPass) and quantized is not None and not step.takes_quantized:
-                raise RecipeError(
-                    f"'{step.name}' comes after '{quantized.name}', and cannot read what that leaves: packed weights. Leave one of them out; "
-                    f"exporters have options of their own to quantize."
-                )
-            quantized = step if step.stage is Stage.QUANTIZE else quantized
             check_libraries(step)
         texts_to_use(self.calibration, self.evaluation)
+
+    @property
+    def in_memory(self) -> tuple[Pass, ...]:
+        """The passes that change the model in memory: the first."""
+        return tuple(step for step in self.passes if step.stage.in_memory)
+
+    @property
+    def conversions(self) -> tuple[FolderPass, ...]:
+        """The passes from folder to folder: the others."""
+        return tuple(cast(FolderPass, step) for step in self.passes if not step.stage.in_memory)
 
     @classmethod
     def from_yaml(cls, path: str | Path, plugins: Plugins) -> Recipe:
@@ -178,6 +180,27 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as YAML that `from_yaml` reads."""
         return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def _check_order(passes: Sequence[Pass]) -> None:
+    """Refuses passes that cannot follow one another."""
+    for earlier, later in itertools.pairwise(passes):
+        if later.stage < earlier.stage:
+            raise RecipeError(
+                f"'{later.name}' ({later.stage.name}) comes after '{earlier.name}' ({earlier.stage.name}), and stages only go "
+                f"forward: {', '.join(stage.name for stage in Stage)}. Put '{later.name}' first."
+            )
+    exports = [step.name for step in passes if step.stage is Stage.EXPORT]
+    if len(set(exports)) < len(exports):
+        raise RecipeError(f"The recipe exports twice with the same pass: {', '.join(exports)}. Run a recipe for each.")
+    quantized: Pass | None = None
+    for step in passes:
+        if quantized is not None and not step.takes_quantized:
+            raise RecipeError(
+                f"'{step.name}' comes after '{quantized.name}', and cannot read what that leaves: packed weights. Leave one of them out; "
+                f"exporters have options of their own to quantize."
+            )
+        quantized = step if step.stage is Stage.QUANTIZE else quantized
 
 
 def pass_from(step: object, plugins: Plugins) -> Pass:

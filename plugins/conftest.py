@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -13,15 +14,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimum_prune import Cuts, Decision, Job, Progress, checkpoint, load_model, surgery
-from optimum_prune.anatomy import find_family
-from optimum_prune.conversion import carry_out
-from optimum_prune.plugins import load
-from optimum_prune.prospect import Prospect
-from optimum_prune.runtime import Expected, TransformersRuntime
-from optimum_prune.subject import meta_model
+from optimum_prune import Cuts, Decision, Job, Progress, Windows, load_model
+from optimum_prune.anatomy.decoder import Decoder
+from optimum_prune.checkpoint import saving
+from optimum_prune.checkpoint.opening import meta_model
+from optimum_prune.conversion.conversion import convert_and_judge
+from optimum_prune.evaluation.comparison import ReferenceOutputs
+from optimum_prune.evaluation.runtime import TransformersRuntime
+from optimum_prune.hooks.plugins import load
+from optimum_prune.passes.checkpoint_spec import CheckpointSpec
+from optimum_prune.surgery import config, operation
 
 torch.set_num_threads(1)
 
@@ -44,7 +49,7 @@ def _model() -> LlamaForCausalLM:
 
 
 def _save(model, folder: Path) -> Path:
-    checkpoint.save(model, tiny.tokenizer(), folder, Progress())
+    saving.save(model, tiny.tokenizer(), folder, Progress())
     return folder
 
 
@@ -55,45 +60,67 @@ def small(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def odd(tmp_path_factory, plugins) -> Path:
+def heterogeneous(tmp_path_factory, plugins) -> Path:
     """The same with FFN widths that differ by layer, one layer without attention and one without FFN."""
-    model = _model()
-    family = find_family(model.config, plugins.families)
-    blocks = {1: ("feed_forward",), 2: ("attention",)}
-    channels = {0: tuple(range(128)), 3: tuple(range(192))}
-    surgery.carry_out(model, family, Decision(Cuts(blocks=blocks, channels=channels)))
-    surgery.settle(model, family)
-    return _save(model, tmp_path_factory.mktemp("checkpoints") / "odd")
+    decoder = Decoder.of(_model(), plugins.families)
+    channels = Cuts.along("channels", {0: tuple(range(128)), 3: tuple(range(192))})
+    blocks = Cuts(blocks={1: ("feed_forward",), 2: ("attention",)})
+    operation.carry_out(decoder, Decision(blocks.merge(channels)))
+    config.sync_config(decoder)
+    return _save(decoder.model, tmp_path_factory.mktemp("checkpoints") / "heterogeneous")
 
 
 @pytest.fixture(scope="session")
-def prospect_of(plugins):
+def spec_of(plugins):
     """Folder -> what a pass may know of it beforehand."""
 
-    def prospect(folder: Path) -> Prospect:
+    def spec_of(folder: Path) -> CheckpointSpec:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(folder)
-        family = find_family(config, plugins.families)
-        return Prospect(config, family, family.shape(meta_model(config)))
+        decoder = Decoder.of(meta_model(config), plugins.families)
+        return CheckpointSpec(config, decoder.family, decoder.shape())
 
-    return prospect
+    return spec_of
 
 
 @pytest.fixture
-def convert(tmp_path, prospect_of):
+def convert(tmp_path, spec_of):
     """Checks, carries out and judges a pass on a checkpoint; returns the folder that it wrote and what is known of it."""
 
     def convert(step, source: Path, dtype: str = "float32"):
-        step.check(prospect_of(source))
+        step.check(spec_of(source))
         target = tmp_path / step.name
         target.mkdir()
         windows = tiny.windows(count=8, length=32)
-        expected = Expected.of(TransformersRuntime(load_model(source, dtype=dtype)), windows.tokens)
+        expected = ReferenceOutputs.of(TransformersRuntime(load_model(source, dtype=dtype)), windows.tokens)
         job = Job(source, target, windows, "cpu", Progress())
-        return target, carry_out(step, job, expected, tiny.windows(count=4, length=24, seed=1))
+        return target, convert_and_judge(step, job, expected, tiny.windows(count=4, length=24, seed=1))
 
     return convert
+
+
+@pytest.fixture
+def quantize():
+    """Carries out a pass on a checkpoint and windows; returns the weights in the folder that it filled."""
+
+    def quantize(step, source: Path, target: Path, windows: Windows) -> dict[str, torch.Tensor]:
+        target.mkdir()
+        step.convert(Job(source, target, windows, "cpu", Progress()))
+        return load_file(target / "model.safetensors")
+
+    return quantize
+
+
+@pytest.fixture
+def process():
+    """What libraries must leave as it was in the process that they run in."""
+
+    def process() -> tuple[object, ...]:
+        random = torch.random.get_rng_state().tolist()
+        return dict(os.environ), logging.root.level, list(logging.root.handlers), torch.get_num_threads(), random
+
+    return process
 
 
 @pytest.fixture

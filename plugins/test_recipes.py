@@ -80,7 +80,7 @@ def test_pruned_quantized_and_evaluated_again(run, text, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["perplexity"] > 1
 
 
-def test_one_odd_model_for_every_runtime(run, text, tmp_path, capsys):
+def test_one_heterogeneous_model_for_every_runtime(run, text, tmp_path, capsys):
     steps = [{"osscar": {"params": 0.85, "allocation": "global", "multiple_of": 32}}, "onnx", "openvino", "gguf"]
     found = run(tmp_path / "out", *steps)
     assert {name for name in found if (tmp_path / "out" / name / "example.py").is_file()} == {

@@ -6,12 +6,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_prune import Text
-from optimum_prune.anatomy import find_family
-from optimum_prune.calibration import draw
-from optimum_prune.plugins import load
+from optimum_prune import Calibration, Decoder, Progress, Text
+from optimum_prune.checkpoint.loading import load
+from optimum_prune.checkpoint.opening import length_limit, open_checkpoint
+from optimum_prune.hooks.plugins import load as load_plugins
+from optimum_prune.text.drawing import Reader, draw
 
 
 def arguments(description: str, samples: int, **sizes: int) -> argparse.Namespace:
@@ -26,15 +26,16 @@ def arguments(description: str, samples: int, **sizes: int) -> argparse.Namespac
     return parser.parse_args()
 
 
-def opened(options: argparse.Namespace):
-    """The model, its family, and the windows of text."""
-    plugins = load()
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).eval()
+def opened(options: argparse.Namespace) -> tuple[Decoder, Calibration]:
+    """The model with its family, and the windows of text."""
+    plugins = load_plugins()
+    checkpoint = open_checkpoint(options.model)
+    decoder = Decoder.of(load(checkpoint, options.dtype, "cpu", Progress()), plugins.families)
+    reader = Reader(checkpoint.tokenizer(), plugins.sources, length_limit(decoder.config))
     text = Text(text=options.text, samples=options.samples, length=options.length)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    windows, _ = draw(text, Text(samples=0), tokenizer, plugins.sources, seed=0, limit=10**9)
-    print(f"{options.samples} windows of {options.length} tokens, {options.dtype}, {torch.get_num_threads()} threads")
-    return model, find_family(model.config, plugins.families), windows
+    windows, _ = draw(text, Text(samples=0), reader, seed=0)
+    print(f"{len(windows)} windows of {windows.length} tokens, {options.dtype}, {torch.get_num_threads()} threads")
+    return decoder, Calibration(windows)
 
 
 def quark(script: str, options: argparse.Namespace, tokens: torch.Tensor, size: int) -> list[float]:

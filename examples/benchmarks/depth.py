@@ -9,21 +9,21 @@ import time
 
 from common import arguments, opened, quark
 
-from optimum_prune import Depth, Progress
+from optimum_prune import Depth
 
 
 def main() -> None:
     options = arguments(__doc__, samples=8, layers=3)
-    model, family, windows = opened(options)
+    decoder, calibration = opened(options)
     seconds = {}
     for search in ("exact", "racing"):
         step = Depth(layers=options.layers, search=search, heal=False)
         start = time.perf_counter()
-        *_, decision = step.decide(model, family, windows, Progress())
+        *_, decision = step.decide(decoder, calibration)
         seconds[search] = time.perf_counter() - start
         print(f"{search}: {seconds[search]:.1f} s, without layers {decision.evidence['dropped']}")
     if options.quark:
-        theirs, *gone = quark("quark_depth.py", options, windows.tokens, options.layers)
+        theirs, *gone = quark("quark_depth.py", options, calibration.tokens, options.layers)
         print(f"Quark: {theirs:.1f} s, without layers {[int(index) for index in gone]}")
         print(", ".join(f"{search} / Quark: {ours / theirs:.2f}" for search, ours in seconds.items()))
 

@@ -12,9 +12,12 @@ from collections.abc import Callable
 import torch
 from common import arguments, opened, quark
 
-from optimum_prune import Calibration, Osscar, Progress, layerwise, surgery
-from optimum_prune.elimination import damped, eliminate
-from optimum_prune.statistics import Gram
+from optimum_prune import Calibration, Decoder, Osscar, PrunePass
+from optimum_prune.anatomy.shape import FEED_FORWARD
+from optimum_prune.anatomy.workload import TOKENS_PER_BATCH
+from optimum_prune.refit.elimination import eliminate
+from optimum_prune.refit.solving import damped
+from optimum_prune.surgery.operation import carry_out
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -25,17 +28,17 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     options = arguments(__doc__, samples=16, width=1280)
-    model, family, windows = opened(options)
-    dense_width = family.shape(model).layers[0].width
+    decoder, calibration = opened(options)
+    dense_width = decoder.shape().layers[0].units("channels")
     step = Osscar(ratio=1 - options.width / dense_width, multiple_of=1)
 
-    forward = seconds(lambda: plain_forward(model, windows))
-    grams, gram_seconds = grams_of(model, family, windows)
-    pruned = copy.deepcopy(model)
-    whole = seconds(lambda: prune(pruned, family, windows, step))
+    forward = seconds(lambda: plain_forward(decoder, calibration))
+    grams, gram_seconds = grams_of(decoder, calibration)
+    pruned = copy.deepcopy(decoder)
+    whole = seconds(lambda: prune(pruned, calibration, step))
     eliminating = cholesky = 0.0
-    for layer, gram in zip(family.layers_of(model), grams, strict=True):
-        weight = family.linear(layer, family.feed_forward.output).weight
+    for layer, gram in zip(decoder.layers, grams, strict=True):
+        weight = layer.linear_of(layer.axes["channels"].output).weight
         matrix = damped(gram, 0.01)
         eliminating += seconds(lambda m=matrix, w=weight: eliminate(m, w, options.width))
         cholesky += seconds(lambda m=matrix: torch.cholesky_inverse(torch.linalg.cholesky(m)))
@@ -44,35 +47,32 @@ def main() -> None:
     print(f"whole pass / (forward + X'X): {whole / (forward + gram_seconds):.2f}")
     print(f"elimination {eliminating:.1f} s; / (Cholesky + inverse of every layer): {eliminating / cholesky:.2f}")
     if options.quark:
-        theirs, their_eliminating = quark("quark_osscar.py", options, windows.tokens, options.width)
+        theirs, their_eliminating = quark("quark_osscar.py", options, calibration.tokens, options.width)
         print(f"Quark: the whole pass {theirs:.1f} s, of which elimination {their_eliminating:.1f} s")
         print(f"Quark / ours: the whole pass {theirs / whole:.1f}, elimination {their_eliminating / eliminating:.1f}")
 
 
 @torch.no_grad()
-def plain_forward(model: torch.nn.Module, windows: Calibration) -> None:
-    for tokens in windows.tokens.split(max(1, layerwise.TOKENS_PER_BATCH // windows.tokens.shape[1])):
-        model(input_ids=tokens, use_cache=False)
+def plain_forward(decoder: Decoder, calibration: Calibration) -> None:
+    for tokens, _ in calibration.windows.batches(TOKENS_PER_BATCH):
+        decoder.model(input_ids=tokens, use_cache=False)
 
 
-def grams_of(model, family, windows):
+@torch.no_grad()
+def grams_of(decoder: Decoder, calibration: Calibration) -> tuple[list[torch.Tensor], float]:
     """The gram of every layer of the dense model, and the seconds of a plain `X'X` in float32."""
     grams, spent = [], 0.0
-    for visit in layerwise.walk(model, family, windows, Progress(), ""):
-        rows: list[torch.Tensor] = []
-        visit.observe_channels(rows.append)
-        gram = Gram(rows[0].shape[1], rows[0].device)
-        for part in rows:
-            gram.add(part)
-            part = part.float()
+    for visit in calibration.walk(decoder, ""):
+        grams.append(visit.gram(visit.layer.axes["channels"]).value)
+        for rows, _ in visit.outputs(FEED_FORWARD):
+            part = rows.float()
             spent += seconds(lambda part=part: part.T @ part)
-        grams.append(gram.value)
     return grams, spent
 
 
-def prune(model, family, windows, step) -> None:
-    for decision in step.decide(model, family, windows, Progress()):
-        surgery.carry_out(model, family, decision)
+def prune(decoder: Decoder, calibration: Calibration, step: PrunePass) -> None:
+    for decision in step.decide(decoder, calibration):
+        carry_out(decoder, decision)
 
 
 if __name__ == "__main__":

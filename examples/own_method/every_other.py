@@ -10,12 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from optimum_prune import Cuts, Decision, OptimumPruneError, PrunePass, Shape, hookimpl, option
+from optimum_prune import Cuts, Decision, PrunePass, Shape, hookimpl, option
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from optimum_prune import Calibration, Family, Progress
+    from optimum_prune import Calibration, Decoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,12 +21,7 @@ class EveryOther(PrunePass):
     """Leaves out every n-th decoder layer, whatever it does."""
 
     name: ClassVar[str] = "every-other"
-    nth: int = option("Leave out the layers n-1, 2n-1, and so on.", 2)
-
-    def __post_init__(self) -> None:
-        """Refuses what cannot be done before any model is read."""
-        if self.nth < 2:
-            raise OptimumPruneError(f"every-other has nth {self.nth}, which leaves no layer. Give at least 2.")
+    nth: int = option("Leave out the layers n-1, 2n-1, and so on.", 2, at_least=2)
 
     def kept(self, layers: int) -> tuple[int, ...]:
         """The layers that stay."""
@@ -38,11 +31,9 @@ class EveryOther(PrunePass):
         """The shape afterwards, for `compress plan` and for checks."""
         return shape.keep(self.kept(len(shape.layers)))
 
-    def decide(
-        self, model: PreTrainedModel, family: Family, calibration: Calibration, progress: Progress
-    ) -> Iterator[Decision]:
+    def decide(self, decoder: Decoder, calibration: Calibration) -> Iterator[Decision]:
         """One decision; optimum-prune cuts."""
-        yield Decision(Cuts(layers=self.kept(len(family.layers_of(model)))), evidence={"nth": self.nth})
+        yield Decision(Cuts(layers=self.kept(len(decoder))), evidence={"nth": self.nth})
 
 
 @hookimpl

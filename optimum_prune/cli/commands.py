@@ -1,31 +1,35 @@
-"""What each command does."""
+"""The commands: what each does with what was parsed of its command line."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from optimum_prune import checkpoint, distributed
-from optimum_prune.anatomy import parameters
-from optimum_prune.artefact import counts_of, writer_of
-from optimum_prune.calibration import Text, evaluation_windows
+from optimum_prune.anatomy.counts import Counts, count_parameters
+from optimum_prune.checkpoint import saving
+from optimum_prune.checkpoint.opening import length_limit
 from optimum_prune.cli.flags import CALIBRATION, SETTINGS, given, overridden
-from optimum_prune.compress import compress
-from optimum_prune.conversion import folder_bytes
+from optimum_prune.conversion.conversion import folder_bytes
 from optimum_prune.errors import RecipeError
-from optimum_prune.evaluation import perplexity, perplexity_of_runtime
-from optimum_prune.forecast import forecast, free_memory
-from optimum_prune.offload import Store
+from optimum_prune.evaluation.perplexity import Perplexity, perplexity, perplexity_of_runtime
+from optimum_prune.hooks.plugins import Plugins
+from optimum_prune.machine import processes
+from optimum_prune.machine.mapped_weights import MappedWeights
+from optimum_prune.machine.memory import free_memory
+from optimum_prune.machine.progress import Progress
 from optimum_prune.options import build, options_of
-from optimum_prune.plugins import Plugins
-from optimum_prune.progress import Progress
+from optimum_prune.plan.forecast import forecast
+from optimum_prune.plan.source import ModelSource, device_of, open_source
 from optimum_prune.recipe import Recipe, Settings
-from optimum_prune.report import aligned, describe
-from optimum_prune.subject import device_of, length_limit, open_subject
+from optimum_prune.report.tables import aligned
+from optimum_prune.report.written import counts_of, writer_of
+from optimum_prune.run.compress import compress
+from optimum_prune.text.drawing import Reader, evaluation_windows
+from optimum_prune.text.text import Text
+from optimum_prune.text.windows import Windows
 
 
 def prune(arguments: argparse.Namespace, plugins: Plugins) -> None:
@@ -49,7 +53,7 @@ def _compress(recipe: Recipe, arguments: argparse.Namespace) -> None:
         resume=arguments.resume,
         progress=progress,
     )
-    if not arguments.quiet and distributed.first():
+    if not arguments.quiet and processes.first():
         print(report.table())
         print(f"Saved to {arguments.output}")
 
@@ -70,45 +74,55 @@ def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:
     progress = Progress.for_terminal(arguments.quiet)
     settings = build(Settings, given(arguments, {name: name for name in SETTINGS}), "the command line")
     text = build(Text, given(arguments, {name: name for name in CALIBRATION.values()}), "the command line")
-    subject = open_subject(settings, progress, quantized=True)
+    source = open_source(settings, progress, quantized=True)
     if text.samples == 0:
         raise RecipeError("0 windows are asked for, so there is nothing to evaluate. Ask for at least 1.")
-    assert subject.tokenizer is not None
-    with progress.libraries(datasets=text.text is None):
-        limit = length_limit(subject.config.get_text_config())
-        tokenizer = subject.tokenizer
-        windows = distributed.by_first(lambda: evaluation_windows(text, tokenizer, plugins.sources, limit))
-    folder = Path(subject.name).expanduser()
-    writer = writer_of(folder, plugins) if folder.is_dir() else None
-    if writer is not None:
-        measured = perplexity_of_runtime(writer.open(folder, device_of(settings)), windows, progress)
-        count, size = counts_of(folder), folder_bytes(folder)
-    else:
-        with TemporaryDirectory() as aside:
-            model = subject.load(Store(Path(aside)) if subject.offloads else None)
-            measured = perplexity(model, windows, progress)
-        count, size = parameters(model), checkpoint.stored_bytes(subject.name, model)
-    if not distributed.first():
+    windows = _evaluation_windows(text, source, plugins, progress)
+    measured, counts, size = _measured(source, windows, device_of(settings), plugins, progress)
+    if not processes.first():
         return
     if arguments.json:
         result = {
-            "model": subject.name,
+            "model": source.name,
             "perplexity": measured.value,
             "protocol": measured.protocol(),
             "tokens_per_second": measured.tokens_per_second,
-            "parameters": count["total"],
-            "non_embedding_parameters": count["non_embedding"],
+            "parameters": counts.total,
+            "non_embedding_parameters": counts.non_embedding,
             "bytes": size,
             "device": device_of(settings),
         }
-        json.dump(result, sys.stdout, indent=2)
-        print()
+        print(json.dumps(result, indent=2))
     elif not arguments.quiet:
-        print(f"Perplexity {measured.value:,.3f} on {describe(measured)}")
+        print(f"Perplexity {measured.value:,.3f} on {measured.describe()}")
         print(
-            f"{count['total'] / 1e6:,.1f} M parameters, {count['non_embedding'] / 1e6:,.1f} M without embeddings; "
+            f"{counts.total / 1e6:,.1f} M parameters, {counts.non_embedding / 1e6:,.1f} M without embeddings; "
             f"{measured.tokens_per_second:,.0f} tokens per second"
         )
+
+
+def _evaluation_windows(text: Text, source: ModelSource, plugins: Plugins, progress: Progress) -> Windows:
+    """The windows of a text that a model is evaluated on."""
+    tokenizer = source.tokenizer
+    assert tokenizer is not None  # of a model that was opened by its name
+    with progress.libraries(datasets=text.text is None):
+        reader = Reader(tokenizer, plugins.sources, length_limit(source.config.get_text_config()))
+        return processes.broadcast_from_first(lambda: evaluation_windows(text, reader))
+
+
+def _measured(
+    source: ModelSource, windows: Windows, device: str, plugins: Plugins, progress: Progress
+) -> tuple[Perplexity, Counts, int]:
+    """The perplexity of a model in its own runtime, its parameters, and the bytes of its weights."""
+    folder = Path(source.name).expanduser()
+    writer = writer_of(folder, plugins) if folder.is_dir() else None
+    if writer is not None:
+        measured = perplexity_of_runtime(writer.open(folder, device), windows, progress)
+        return measured, counts_of(folder), folder_bytes(folder)
+    with TemporaryDirectory() as aside:
+        model = source.load(MappedWeights(Path(aside)) if source.offloads else None)
+        measured = perplexity(model, windows, progress)
+    return measured, count_parameters(model), saving.stored_bytes(source.name, model)
 
 
 def passes(arguments: argparse.Namespace, plugins: Plugins) -> None:

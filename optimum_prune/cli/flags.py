@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from optimum_prune.calibration import Text
 from optimum_prune.options import as_plain, build, options_of
 from optimum_prune.recipe import Recipe, Settings
+from optimum_prune.text.text import Text
 
 CALIBRATION = {"text": "text", "dataset": "dataset", "samples": "samples", "length": "length"}
 EVALUATION = {"eval_text": "text", "eval_samples": "samples", "eval_length": "length"}

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, NoReturn
 
-from optimum_prune import distributed
 from optimum_prune.cli import commands
 from optimum_prune.cli.flags import add_common, add_evaluation, add_output
 from optimum_prune.errors import OptimumPruneError, PluginError, unknown
+from optimum_prune.hooks.plugins import Plugins, load
+from optimum_prune.machine import processes
 from optimum_prune.options import options_of
-from optimum_prune.passes import PrunePass
-from optimum_prune.plugins import Plugins, load
+from optimum_prune.passes.base import Stage
 
 FAILED, INTERRUPTED = 1, 130
 
@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message[:1].upper()}{message[1:].rstrip('.')}. See {self.prog} --help.\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        if distributed.first():
+        if processes.first():
             super()._print_message(message, file)
 
 
@@ -35,11 +35,11 @@ def main(arguments: Sequence[str], program: str = "optimum-cli") -> int:
     """Runs a command, together with other processes if there are; returns its exit code: 0, or 1 after one sentence on stderr."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        if sentence := distributed.lacking():
+        if sentence := processes.lacking():
             print(sentence, file=sys.stderr)
-        with distributed.started():
+        with processes.started():
             return _main(arguments, program)
-    except distributed.ProcessError as error:
+    except processes.ProcessError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return FAILED
 
@@ -49,14 +49,14 @@ def _main(arguments: Sequence[str], program: str) -> int:
         plugins = load()
         _check_method(arguments, plugins)
         parsed = _parser(program, plugins).parse_args(arguments)
-        if distributed.first() or parsed.together:
+        if processes.first() or parsed.together:
             parsed.run(parsed, plugins)
     except OptimumPruneError as error:
-        if distributed.speaks():
+        if processes.speaks():
             print(f"{program}: error: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt as error:
-        if distributed.speaks():
+        if processes.speaks():
             print(f"{program}: interrupted; {error or 'nothing was written.'}", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, as `| head` does
@@ -67,7 +67,7 @@ def _main(arguments: Sequence[str], program: str) -> int:
 
 def _check_method(arguments: Sequence[str], plugins: Plugins) -> None:
     """Refuses a method that nobody provides, naming the nearest, which argparse does not."""
-    methods = [name for name, step in plugins.passes.items() if issubclass(step, PrunePass)]
+    methods = [name for name, step in plugins.passes.items() if step.stage is Stage.PRUNE]
     if (
         arguments[:1] == ["prune"]
         and arguments[1:]
@@ -93,7 +93,7 @@ def _add_prune(parser: argparse.ArgumentParser, plugins: Plugins) -> None:
     parser.description = "Prune a language model with one method."
     methods = parser.add_subparsers(required=True, metavar="METHOD", title="methods", parser_class=_Parser)
     for name, step in sorted(plugins.passes.items()):
-        if not issubclass(step, PrunePass):
+        if step.stage is not Stage.PRUNE:
             continue
         method = methods.add_parser(name, help=step.summary(), description=step.__doc__)
         options = method.add_argument_group(f"options of {name}")

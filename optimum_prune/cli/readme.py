@@ -6,8 +6,8 @@ import sys
 from importlib.metadata import metadata
 from pathlib import Path
 
+from optimum_prune.hooks.plugins import BUILT_IN, Plugins, load
 from optimum_prune.options import options_of
-from optimum_prune.plugins import BUILT_IN, Plugins, load
 
 NO_PLUGINS = ("demo", "test", "lint")
 """Extras that bring no pass."""

@@ -11,8 +11,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from optimum_prune import FolderPass, Job, Prospect, Runtime, Stage, hookimpl, load_model, open_in_transformers, option
-from optimum_prune.checkpoint import add_older_fields
+from optimum_prune import (
+    CheckpointSpec,
+    FolderPass,
+    Job,
+    Runtime,
+    Stage,
+    hookimpl,
+    load_model,
+    open_in_transformers,
+    option,
+)
 from optimum_prune.errors import PassError, RecipeError
 
 if TYPE_CHECKING:
@@ -26,22 +35,21 @@ class BitsAndBytes(FolderPass):
     name: ClassVar[str] = "bitsandbytes"
     stage = Stage.QUANTIZE
     requires: ClassVar[Mapping[str, str]] = {"bitsandbytes": "bitsandbytes>=0.49"}
-    takes_odd: ClassVar[bool] = True
+    takes_heterogeneous: ClassVar[bool] = True
     takes_experts: ClassVar[bool] = False
-    bits: int = option("Bits of a weight: 8 or 4.", 8)
+    bits: int = option("Bits of a weight.", 8, one_of=(4, 8))
     quant_type: Literal["nf4", "fp4"] = option("Which 16 values a weight of 4 bits can have.", "nf4")
     use_double_quant: bool = option("With 4 bits: quantize the scales too.", False)
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         "With 4 bits: what products are computed in; the checkpoint's dtype if not given.", None
     )
-    threshold: float = option("With 8 bits: channels with activations beyond this are not rounded; 0 rounds all.", 6.0)
+    threshold: float = option(
+        "With 8 bits: channels with activations beyond this are not rounded; 0 rounds all.", 6.0, at_least=0
+    )
 
     def __post_init__(self) -> None:
         """Refuses what bitsandbytes does not have."""
-        if self.bits not in (4, 8):
-            raise RecipeError(f"bitsandbytes has bits {self.bits}, and packs 8 or 4. Give one of these.")
-        if self.threshold < 0:
-            raise RecipeError(f"bitsandbytes has a threshold of {self.threshold}. Give 0 or more, such as 6.")
+        super().__post_init__()
         if self.bits == 8 and (self.use_double_quant or self.compute_dtype or self.quant_type != "nf4"):
             raise RecipeError(
                 "bitsandbytes has 8 bits, and use_double_quant, compute_dtype and quant_type are for 4. Give `bits: 4`, or leave them out."
@@ -49,10 +57,10 @@ class BitsAndBytes(FolderPass):
 
     @property
     def usual_tolerance(self) -> float:
-        """By the bits."""
+        """The tolerance by the bits of a weight: about twice what a small real model showed."""
         return 0.2 if self.bits == 8 else 0.7
 
-    def check(self, prospect: Prospect) -> None:
+    def check(self, spec: CheckpointSpec) -> None:
         """It reads every shape: blocks of 64 weights run on from row to row."""
 
     def convert(self, job: Job) -> Mapping[str, Any]:
@@ -62,7 +70,6 @@ class BitsAndBytes(FolderPass):
         back in the wrong order.
         """
         from bitsandbytes.nn import Linear4bit, Linear8bitLt
-        from transformers import AutoTokenizer
 
         with job.progress.libraries():
             model = load_model(
@@ -75,9 +82,6 @@ class BitsAndBytes(FolderPass):
             if not count:
                 raise PassError("The pass 'bitsandbytes' found no linear layer in the model. Use another quantizer.")
             model.save_pretrained(job.target)
-            tokenizer = AutoTokenizer.from_pretrained(job.source, trust_remote_code=job.trust_remote_code)
-            tokenizer.save_pretrained(job.target)
-        add_older_fields(job.target)
         return {"quantized_layers": count}
 
     def _config(self, source: Path, trust_remote_code: bool) -> Any:

@@ -13,9 +13,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from optimum_prune import FolderPass, Job, Prospect, Runtime, Stage, hookimpl, option
+from optimum_prune import CheckpointSpec, FolderPass, Job, Runtime, Stage, hookimpl, option
+from optimum_prune.conversion.exporting import (
+    CachedRuntime,
+    Limits,
+    add_companions,
+    export,
+    open_to_export,
+    trace,
+)
 from optimum_prune.errors import PassError, RecipeError
-from optimum_prune.exporting import CachedRuntime, Limits, add_companions, export, open_to_export, quietly, trace
+from optimum_prune.machine.isolation import isolated
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,30 +40,19 @@ class ExecuTorch(FolderPass):
     name: ClassVar[str] = "executorch"
     stage = Stage.EXPORT
     requires: ClassVar[Mapping[str, str]] = {"executorch": "executorch>=1.4"}
-    takes_odd: ClassVar[bool] = True
+    takes_heterogeneous: ClassVar[bool] = True
     usual_tolerance: ClassVar[float] = 0.01
     max_length: int | None = option(
-        "How many tokens the cache can hold; if not given 2048, or what the model knows if less.", None
+        "How many tokens the cache can hold; if not given 2048, or what the model knows if less.", None, at_least=16
     )
-    max_tokens: int = option("How many tokens are read at a time; a longer prompt is read in several steps.", 128)
-    max_batch: int = option("How many texts are read at a time.", 1)
+    max_tokens: int = option(
+        "How many tokens are read at a time; a longer prompt is read in several steps.", 128, at_least=2
+    )
+    max_batch: int = option("How many texts are read at a time.", 1, at_least=1)
 
-    def __post_init__(self) -> None:
-        """Refuses sizes for which there would be no program."""
-        if self.max_batch < 1:
-            raise RecipeError(f"executorch has max_batch {self.max_batch}, so it would read no text. Give at least 1.")
-        if self.max_tokens < 2:
-            raise RecipeError(
-                f"executorch has max_tokens {self.max_tokens}, which freezes that axis. Give at least 2."
-            )
-        if self.max_length is not None and self.max_length < 16:
-            raise RecipeError(
-                f"executorch has max_length {self.max_length}, too short to be of use. Give at least 16."
-            )
-
-    def check(self, prospect: Prospect) -> None:
+    def check(self, spec: CheckpointSpec) -> None:
         """Positions that the model does not know are of no use."""
-        known = _positions(prospect.text_config)
+        known = _positions(spec.text_config)
         if self.max_length is not None and known < self.max_length:
             raise RecipeError(
                 f"executorch has max_length {self.max_length}, and the model knows {known} positions. Give a max_length of at most {known}."
@@ -63,7 +60,7 @@ class ExecuTorch(FolderPass):
 
     def convert(self, job: Job) -> Mapping[str, Any]:
         """Exports through transformers."""
-        with quietly():
+        with isolated(silent=True):
             from transformers.exporters import ExecutorchConfig, ExecutorchExporter
 
         model = open_to_export(job)
@@ -90,7 +87,7 @@ class ExecuTorchRuntime(CachedRuntime):
     """A program in the ExecuTorch runtime."""
 
     def __init__(self, folder: Path) -> None:
-        with quietly():
+        with isolated(silent=True):
             from executorch.runtime import Runtime
 
         plain = json.loads((folder / LIMITS).read_text(encoding="utf-8"))

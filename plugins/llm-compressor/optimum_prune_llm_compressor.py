@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from optimum_prune import FolderPass, Job, Runtime, Stage, hookimpl, open_in_transformers, option
-from optimum_prune.checkpoint import add_older_fields, load_model
+from optimum_prune import FolderPass, Job, Runtime, Stage, hookimpl, load_model, open_in_transformers, option
 from optimum_prune.errors import RecipeError
+from optimum_prune.machine.isolation import isolated
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from optimum_prune import Calibration, Pass, Progress, Prospect
+    from optimum_prune import CheckpointSpec, Pass, Progress
 
 WITHOUT_LINEAR = ("gpt2",)
 GROUPED = ("W3A16", "W4A16", "W4A8", "W8A16")
@@ -36,7 +35,7 @@ class LlmCompressor(FolderPass):
     name: ClassVar[str] = "llm-compressor"
     stage: ClassVar[Stage] = Stage.QUANTIZE
     requires: ClassVar[Mapping[str, str]] = {"llmcompressor": "llmcompressor>=0.14"}
-    takes_odd: ClassVar[bool] = True
+    takes_heterogeneous: ClassVar[bool] = True
     takes_experts: ClassVar[bool] = False
 
     scheme: Literal["W3A16", "W4A16", "W4A8", "W8A16", "W8A8", "FP8_DYNAMIC"] = option(
@@ -47,36 +46,33 @@ class LlmCompressor(FolderPass):
         "gptq",
     )
     group_size: int | None = option(
-        "Weights that share a scale; -1 for one scale for each row. (64 if not given, in schemes with groups.)", None
+        "Weights that share a scale; -1 for one scale for each row. (64 if not given, in schemes with groups.)",
+        None,
+        at_least=1,
+        or_else=-1,
     )
     ignore: tuple[str, ...] = option(
         "Linear modules to leave as they are, by name, class, or 're:' and a pattern.", ("lm_head",)
     )
-    dampening_frac: float = option("gptq: what is added to the Hessian's diagonal, as a fraction of its mean.", 0.01)
+    dampening_frac: float = option(
+        "gptq: what is added to the Hessian's diagonal, as a fraction of its mean.", 0.01, above=0, below=1
+    )
     actorder: Literal["static", "none"] = option(
         "gptq: static rounds the columns with the largest activations first; the format stays the same.", "static"
     )
 
     def __post_init__(self) -> None:
         """Refuses what no model could be quantized with."""
+        super().__post_init__()
         if self.group_size is not None and self.scheme not in GROUPED:
             raise RecipeError(
                 f"'{self.name}' is given a group_size of {self.group_size}, and its scheme {self.scheme} has one scale for each row. "
                 f"Leave group_size out, or choose one of {', '.join(GROUPED)}."
             )
-        if self.group_size is not None and self.group_size != -1 and self.group_size < 1:
-            raise RecipeError(
-                f"'{self.name}' is given a group_size of {self.group_size}. Give a positive one such as 64, or -1 for one scale for each "
-                f"row."
-            )
-        if not 0 < self.dampening_frac < 1:
-            raise RecipeError(
-                f"'{self.name}' is given a dampening_frac of {self.dampening_frac}. Give a number between 0 and 1, such as 0.01."
-            )
 
     @property
     def usual_tolerance(self) -> float:
-        """By the bits of a weight."""
+        """The tolerance by the bits of a weight: about twice what a small real model showed."""
         return {"W3": 1.0, "W4": 0.7}.get(self.scheme[:2], 0.25)
 
     @property
@@ -86,38 +82,33 @@ class LlmCompressor(FolderPass):
             return -1
         return 64 if self.group_size is None else self.group_size
 
-    def check(self, prospect: Prospect) -> None:
+    def check(self, spec: CheckpointSpec) -> None:
         """Refuses widths that the groups do not divide, and a model without linear modules."""
-        if prospect.text_config.model_type in WITHOUT_LINEAR:
+        if spec.text_config.model_type in WITHOUT_LINEAR:
             raise RecipeError(
-                f"'{self.name}' quantizes linear modules, and those of {prospect.text_config.model_type} are transposed ones, which "
+                f"'{self.name}' quantizes linear modules, and those of {spec.text_config.model_type} are transposed ones, which "
                 f"llm-compressor leaves as they are. Choose another quantizer, such as torchao."
             )
-        prospect.check_groups(self.weights_of_group, self.name)
+        spec.check_groups(self.weights_of_group, self.name)
 
     def convert(self, job: Job) -> Mapping[str, Any]:
         """Calibrates and packs the weights of a checkpoint."""
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(job.source, trust_remote_code=job.trust_remote_code)
-        with job.progress.libraries(), _quietly(job.progress):
+        with isolated(), job.progress.libraries(), _quietly(job.progress):
             model = load_model(job.source, trust_remote_code=job.trust_remote_code)
-            self._quantize(model, tokenizer, job)
+            self._quantize(model, job)
             packed = sum(hasattr(module, "quantization_scheme") for module in model.modules())
             model.save_pretrained(job.target)
-        tokenizer.save_pretrained(job.target)
-        add_older_fields(job.target)
         return {"quantized_modules": packed}
 
-    def _quantize(self, model: PreTrainedModel, tokenizer: Any, job: Job) -> None:
+    def _quantize(self, model: PreTrainedModel, job: Job) -> None:
         from llmcompressor import oneshot, reset_session
         from torch.utils.data import DataLoader
 
-        windows = list(_windows(job.calibration))
+        windows: Any = list(job.examples())
         try:
             oneshot(
                 model=model,
-                processor=tokenizer,
+                processor=job.tokenizer(),
                 recipe=self._modifier(),
                 dataset=DataLoader(windows, batch_size=None) if self.algorithm == "gptq" else None,
             )
@@ -150,18 +141,11 @@ class LlmCompressor(FolderPass):
         return open_in_transformers(folder, device)
 
 
-def _windows(calibration: Calibration) -> Iterator[dict[str, Tensor]]:
-    """One window at a time, without its padding: GPTQ would count padding as text."""
-    for tokens, mask in zip(calibration.tokens, calibration.mask, strict=True):
-        text = tokens[mask][None]
-        yield {"input_ids": text, "attention_mask": text.new_ones(text.shape)}
-
-
 @contextmanager
 def _quietly(progress: Progress) -> Iterator[None]:
     """Stops the log that llm-compressor prints, and its bars unless somebody watches."""
-    with redirect_stdout(io.StringIO()):  # it already logs when it is imported
-        from llmcompressor.logger import configure_logger, logger
+    from llmcompressor.logger import configure_logger, logger
+
     configure_logger()
     libraries = ("llmcompressor", "compressed_tensors")
     for library in libraries:

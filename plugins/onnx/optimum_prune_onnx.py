@@ -15,9 +15,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from optimum_prune import FolderPass, Job, Prospect, Runtime, Stage, hookimpl, option
+from optimum_prune import CheckpointSpec, FolderPass, Job, Runtime, Stage, hookimpl, option
+from optimum_prune.conversion.exporting import (
+    CachedRuntime,
+    add_companions,
+    arrays,
+    export,
+    open_to_export,
+    trace,
+)
 from optimum_prune.errors import RecipeError
-from optimum_prune.exporting import CachedRuntime, add_companions, arrays, export, open_to_export, quietly, trace
+from optimum_prune.machine.isolation import isolated
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +44,7 @@ class Onnx(FolderPass):
         "onnxscript": "onnxscript>=0.7",
         "onnxruntime": "onnxruntime>=1.23",
     }
-    takes_odd: ClassVar[bool] = True
+    takes_heterogeneous: ClassVar[bool] = True
     dtype: Literal["float32", "float16"] = option(
         "What weights are stored and computed in; float16 is slow on CPUs.", "float32"
     )
@@ -46,6 +54,7 @@ class Onnx(FolderPass):
 
     def __post_init__(self) -> None:
         """Refuses what ONNX Runtime does not quantize."""
+        super().__post_init__()
         if self.quantize == "int8" and self.dtype != "float32":
             raise RecipeError(
                 f"onnx has quantize int8 and dtype {self.dtype}, but quantizes float32 only. Leave dtype out."
@@ -53,15 +62,15 @@ class Onnx(FolderPass):
 
     @property
     def usual_tolerance(self) -> float:
-        """About twice what a small real model showed."""
+        """The tolerance by what weights are stored in: about twice what a small real model showed."""
         return 0.35 if self.quantize == "int8" else 0.03
 
-    def check(self, prospect: Prospect) -> None:
+    def check(self, spec: CheckpointSpec) -> None:
         """Any decoder that transformers exports will do."""
 
     def convert(self, job: Job) -> Mapping[str, Any]:
         """Exports through transformers."""
-        with quietly():
+        with isolated(silent=True):
             from transformers.exporters import OnnxConfig, OnnxExporter
 
         model = open_to_export(job, self.dtype)
@@ -81,7 +90,7 @@ def _int8(hidden_size: int) -> Any:
     from transformers.exporters.configs import ExportFormat
     from transformers.exporters.quantizers import ExportQuantizer
 
-    class Int8(ExportQuantizer):
+    class Int8(ExportQuantizer):  # type: ignore[misc]  # transformers is not annotated
         supported_formats = (ExportFormat.ONNX,)
         required_packages = OnnxRuntimeQuantizer.required_packages
 

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from optimum_prune import FolderPass, Job, Prospect, Runtime, Stage, hookimpl, option
-from optimum_prune.errors import RecipeError
-from optimum_prune.exporting import (
+from optimum_prune import CheckpointSpec, FolderPass, Job, Runtime, Stage, hookimpl, option
+from optimum_prune.conversion.exporting import (
     CachedRuntime,
     Trace,
     add_companions,
@@ -25,9 +24,10 @@ from optimum_prune.exporting import (
     export,
     first_inputs,
     open_to_export,
-    quietly,
     trace,
 )
+from optimum_prune.errors import RecipeError
+from optimum_prune.machine.isolation import isolated
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,29 +44,28 @@ class OpenVino(FolderPass):
     name: ClassVar[str] = "openvino"
     stage = Stage.EXPORT
     requires: ClassVar[Mapping[str, str]] = {"openvino": "openvino>=2026.1", "nncf": "nncf>=3.0"}
-    takes_odd: ClassVar[bool] = True
+    takes_heterogeneous: ClassVar[bool] = True
     dtype: Literal["float32", "float16"] = option("What weights that are not quantized are stored in.", "float32")
     quantize: Literal["none", "int8", "int4"] = option(
         "int8: weights in 8 bits. int4: most in 4 bits, chosen by the recipe's text.", "none"
     )
-    group_size: int = option("Weights of a row that share a scale; only with int4.", 64)
+    group_size: int = option("Weights of a row that share a scale; only with int4.", 64, at_least=1)
     ratio: float = option(
-        "Share of the linear layers that get 4 bits, the least sensitive first; the others get 8. Only with int4.", 1.0
+        "Share of the linear layers that get 4 bits, the least sensitive first; the others get 8. Only with int4.",
+        1.0,
+        at_least=0,
+        at_most=1,
     )
     awq: bool = option("Scale channels by their activations first; only with int4.", True)
     scale_estimation: bool = option("Choose scales that change activations least; only with int4.", True)
     gptq: bool = option(
         "Round weights one after the other, each making up for those before; slower, and only with int4.", False
     )
-    subset_size: int = option("How many of the recipe's windows int4 looks at.", 32)
+    subset_size: int = option("How many of the recipe's windows int4 looks at.", 32, at_least=1)
 
     def __post_init__(self) -> None:
         """Refuses what NNCF does not do."""
-        if not 0 <= self.ratio <= 1:
-            raise RecipeError(f"openvino has ratio {self.ratio}, which is no share. Give a number from 0 to 1.")
-        for name in ("group_size", "subset_size"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"openvino has {name} {getattr(self, name)}. Give at least 1.")
+        super().__post_init__()
         changed = [name for name in ONLY_INT4 if getattr(self, name) != type(self).__dataclass_fields__[name].default]
         if self.quantize != "int4" and changed:
             raise RecipeError(
@@ -76,17 +75,17 @@ class OpenVino(FolderPass):
 
     @property
     def usual_tolerance(self) -> float:
-        """About twice what a small real model showed."""
+        """The tolerance by what weights are stored in: about twice what a small real model showed."""
         return {"none": 0.01, "int8": 0.15, "int4": 0.5}[self.quantize]
 
-    def check(self, prospect: Prospect) -> None:
+    def check(self, spec: CheckpointSpec) -> None:
         """Groups must divide the widths."""
         if self.quantize == "int4":
-            prospect.check_groups(self.group_size, self.name)
+            spec.check_groups(self.group_size, self.name)
 
     def convert(self, job: Job) -> Mapping[str, Any]:
         """Exports through transformers."""
-        with quietly():
+        with isolated(silent=True):
             from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
         traced = trace(open_to_export(job))
@@ -97,7 +96,7 @@ class OpenVino(FolderPass):
         return {"dtype": self.dtype, "quantize": self.quantize}
 
     def _quantizer(self, job: Job, traced: Trace) -> Any:
-        with quietly():
+        with isolated(silent=True):
             import nncf
             from transformers.exporters import NNCFOpenVINOQuantizer, NNCFWeightCompressionConfig
 
@@ -105,8 +104,8 @@ class OpenVino(FolderPass):
             return NNCFOpenVINOQuantizer(NNCFWeightCompressionConfig(mode=nncf.CompressWeightsMode.INT8_ASYM))
         chosen = {name: getattr(self, name) for name in ONLY_INT4}
         config = NNCFWeightCompressionConfig(mode=nncf.CompressWeightsMode.INT4_ASYM, **chosen)
-        windows = zip(job.calibration.tokens, job.calibration.mask, strict=True)
-        samples = [first_inputs(traced, tokens[mask][None]) for tokens, mask in islice(windows, self.subset_size)]
+        examples = islice(job.examples(), self.subset_size)
+        samples = [first_inputs(traced, example["input_ids"]) for example in examples]
         return NNCFOpenVINOQuantizer(config, samples)
 
     def open(self, folder: Path, device: str) -> Runtime:

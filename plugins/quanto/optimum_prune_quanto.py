@@ -17,8 +17,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from optimum_prune import FolderPass, Job, Prospect, Runtime, Stage, TransformersRuntime, hookimpl, load_model, option
-from optimum_prune.checkpoint import add_older_fields
+from optimum_prune import (
+    CheckpointSpec,
+    FolderPass,
+    Job,
+    Runtime,
+    Stage,
+    TransformersRuntime,
+    hookimpl,
+    load_model,
+    option,
+)
 from optimum_prune.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -37,22 +46,22 @@ class Quanto(FolderPass):
     name: ClassVar[str] = "quanto"
     stage = Stage.QUANTIZE
     requires: ClassVar[Mapping[str, str]] = {"optimum.quanto": "optimum-quanto>=0.2.7"}
-    takes_odd: ClassVar[bool] = True
+    takes_heterogeneous: ClassVar[bool] = True
     takes_experts: ClassVar[bool] = False
     weights: Literal["qint8", "qint4"] = option("What a weight is rounded to.", "qint8")
     exclude: tuple[str, ...] = option("Modules to leave as they are, as patterns of their names.", ("lm_head",))
 
     @property
     def usual_tolerance(self) -> float:
-        """By the bits."""
+        """The tolerance by the bits of a weight: about twice what a small real model showed."""
         return 0.1 if self.weights == "qint8" else 0.8
 
-    def check(self, prospect: Prospect) -> None:
+    def check(self, spec: CheckpointSpec) -> None:
         """Rows must be of whole groups, or else quanto would give each a single scale; and kernels need aligned rows."""
         size, why = (
             (KERNEL, "torch's kernel needs") if self.weights == "qint8" else (SMALLEST_GROUP, "its groups need")
         )
-        for what, width in prospect.widths().items():
+        for what, width in spec.widths().items():
             if width % size:
                 raise RecipeError(
                     f"quanto has weights {self.weights}, and the {what} of the model will be {width}, where {why} a multiple of {size}. "
@@ -62,18 +71,14 @@ class Quanto(FolderPass):
     def convert(self, job: Job) -> Mapping[str, Any]:
         """Quantizes the model in place, layer by layer."""
         from optimum.quanto import QuantizedModelForCausalLM, quantization_map
-        from transformers import AutoTokenizer
 
         with job.progress.libraries():
             model = load_model(job.source, device_map=job.device, trust_remote_code=job.trust_remote_code)
             quantized = QuantizedModelForCausalLM.quantize(model, weights=self.weights, exclude=list(self.exclude))
             quantized.save_pretrained(job.target)
-            tokenizer = AutoTokenizer.from_pretrained(job.source, trust_remote_code=job.trust_remote_code)
-            tokenizer.save_pretrained(job.target)
         (job.target / "README.md").unlink()  # of the Hub's library, with nothing in it
         for file in job.target.glob("*.safetensors"):
             align(file)
-        add_older_fields(job.target)
         return {"quantized_layers": len(quantization_map(model))}
 
     def open(self, folder: Path, device: str) -> Runtime:

@@ -10,8 +10,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from optimum_prune import FolderPass, Job, Prospect, Runtime, Stage, hookimpl, load_model, open_in_transformers, option
-from optimum_prune.checkpoint import add_older_fields
+from optimum_prune import (
+    CheckpointSpec,
+    FolderPass,
+    Job,
+    Runtime,
+    Stage,
+    hookimpl,
+    load_model,
+    open_in_transformers,
+    option,
+)
 from optimum_prune.errors import PassError, RecipeError
 
 if TYPE_CHECKING:
@@ -27,14 +36,14 @@ class TorchAo(FolderPass):
     name: ClassVar[str] = "torchao"
     stage = Stage.QUANTIZE
     requires: ClassVar[Mapping[str, str]] = {"torchao": "torchao>=0.17"}
-    takes_odd: ClassVar[bool] = True
+    takes_heterogeneous: ClassVar[bool] = True
     takes_experts: ClassVar[bool] = False
     usual_tolerance: ClassVar[float] = 0.25
     quant_type: Literal["int8_weight_only", "int8_dynamic_activation_int8_weight"] = option(
         "Round weights only, or activations too when the model runs.", WEIGHT_ONLY
     )
     group_size: int | None = option(
-        "Weights of a row that share a scale, only with int8_weight_only; all of them if not given.", None
+        "Weights of a row that share a scale, only with int8_weight_only; all of them if not given.", None, at_least=1
     )
     reduce_range: bool = option(
         "Use 7 of the 8 bits, only with dynamic activations, for processors without VNNI.", False
@@ -42,10 +51,7 @@ class TorchAo(FolderPass):
 
     def __post_init__(self) -> None:
         """Refuses combinations that torchao does not have."""
-        if self.group_size is not None and self.group_size <= 0:
-            raise RecipeError(
-                f"torchao has a group_size of {self.group_size}. Give a positive number, or none for whole rows."
-            )
+        super().__post_init__()
         if self.group_size is not None and self.quant_type == DYNAMIC:
             raise RecipeError(
                 f"torchao has a group_size of {self.group_size}, but {DYNAMIC} has one scale for each row. Leave group_size out, or "
@@ -57,13 +63,13 @@ class TorchAo(FolderPass):
                 f"give quant_type {DYNAMIC}."
             )
 
-    def check(self, prospect: Prospect) -> None:
+    def check(self, spec: CheckpointSpec) -> None:
         """Groups must divide the widths."""
-        prospect.check_groups(self.group_size or 0, self.name)
+        spec.check_groups(self.group_size or 0, self.name)
 
     def convert(self, job: Job) -> Mapping[str, Any]:
         """Quantizes each weight as it is read, and saves the model."""
-        from transformers import AutoTokenizer, TorchAoConfig
+        from transformers import TorchAoConfig
 
         with job.progress.libraries():
             model = load_model(
@@ -76,9 +82,6 @@ class TorchAo(FolderPass):
             if not count:
                 raise PassError("The pass 'torchao' found no linear layer in the model. Use another quantizer.")
             model.save_pretrained(job.target)
-            tokenizer = AutoTokenizer.from_pretrained(job.source, trust_remote_code=job.trust_remote_code)
-            tokenizer.save_pretrained(job.target)
-        add_older_fields(job.target)
         return {"quantized_layers": count}
 
     def _config(self) -> Any:

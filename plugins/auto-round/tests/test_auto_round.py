@@ -1,18 +1,16 @@
 import json
-import logging
-import os
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 from optimum_prune_auto_round import AutoRound, whole_windows
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_prune import Job, Progress, load_model
+from optimum_prune import load_model
 from optimum_prune.errors import RecipeError
-from optimum_prune.runtime import TransformersRuntime, relative_difference
+from optimum_prune.evaluation.comparison import relative_difference
+from optimum_prune.evaluation.runtime import TransformersRuntime
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
@@ -20,12 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
 NEAREST = {"iters": 0, "disable_opt_rtn": True}
-
-
-def quantize(step, source, target, windows):
-    target.mkdir()
-    step.convert(Job(source, target, windows, "cpu", Progress()))
-    return load_file(target / "model.safetensors")
 
 
 def same(first, second):
@@ -50,12 +42,12 @@ def test_each_format_reloads_in_stock_transformers_with_its_tokenizer(convert, s
     )
 
 
-def test_odd_checkpoint_reloads(convert, odd):
-    _, conversion = convert(AutoRound(**NEAREST), odd)
+def test_heterogeneous_checkpoint_reloads(convert, heterogeneous):
+    _, conversion = convert(AutoRound(**NEAREST), heterogeneous)
     assert conversion.comparison.difference < 0.5
 
 
-def test_weights_follow_from_the_windows_and_from_nothing_else(small, tmp_path):
+def test_weights_follow_from_the_windows_and_from_nothing_else(small, tmp_path, quantize):
     first = quantize(AutoRound(iters=0), small, tmp_path / "first", tiny.windows(8, 32))
     torch.randn(7)  # the state of random numbers is not part of it
     assert same(first, quantize(AutoRound(iters=0), small, tmp_path / "again", tiny.windows(8, 32)))
@@ -71,7 +63,7 @@ def test_padding_is_left_out():
 
 
 @pytest.mark.parametrize("family", ["qwen3", "opt"])
-def test_other_architectures(family, tmp_path):
+def test_other_architectures(family, tmp_path, quantize):
     source, windows = tiny.save(family, tmp_path / "source"), tiny.windows(8, 32)
     expected = TransformersRuntime(load_model(source)).logits(windows.tokens)
     step = AutoRound(group_size=16, **NEAREST)
@@ -79,26 +71,22 @@ def test_other_architectures(family, tmp_path):
     assert relative_difference(step.open(tmp_path / "target", "cpu").logits(windows.tokens), expected) < 0.6
 
 
-def test_process_stays_as_it_was(small, tmp_path):
-    def state():
-        return dict(os.environ), logging.root.level, list(logging.root.handlers), torch.get_num_threads()
-
+def test_process_stays_as_it_was(small, tmp_path, quantize, process):
     tokens = tiny.windows(2, 16).tokens
-    before, numbers = state(), torch.random.get_rng_state()
-    logits = TransformersRuntime(load_model(small)).logits(tokens)
+    before, logits = process(), TransformersRuntime(load_model(small)).logits(tokens)
     quantize(AutoRound(**NEAREST), small, tmp_path / "target", tiny.windows(4, 32))
-    assert state() == before
-    assert torch.equal(torch.random.get_rng_state(), numbers)
+    assert process() == before
     assert torch.equal(TransformersRuntime(load_model(small)).logits(tokens), logits)
 
 
 @pytest.mark.parametrize(
     ("options", "remedy"),
     [
-        ({"bits": 5}, "2, 3, 4, 8"),
+        ({"bits": 5}, "2, 3, 4 or 8"),
         ({"bits": 8, "format": "auto_awq"}, "bits 4"),
-        ({"group_size": 8}, "16"),
-        ({"iters": -1}, "0"),
+        ({"group_size": 8}, "at least 16, or -1"),
+        ({"group_size": 40}, "multiple of 16, or -1"),
+        ({"iters": -1}, "at least 0"),
     ],
 )
 def test_impossible_options_are_refused(options, remedy):
@@ -106,6 +94,6 @@ def test_impossible_options_are_refused(options, remedy):
         AutoRound(**options)
 
 
-def test_groups_must_divide_the_widths(prospect_of, small):
+def test_groups_must_divide_the_widths(spec_of, small):
     with pytest.raises(RecipeError, match="group_size"):
-        AutoRound(group_size=256).check(prospect_of(small))
+        AutoRound(group_size=256).check(spec_of(small))

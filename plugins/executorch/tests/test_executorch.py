@@ -6,10 +6,10 @@ from transformers import AutoTokenizer
 
 from optimum_prune import load_model
 from optimum_prune.errors import PassError, RecipeError
-from optimum_prune.runtime import relative_difference
+from optimum_prune.evaluation.comparison import relative_difference
 
 
-@pytest.mark.parametrize(("name", "max_batch"), [("small", 1), ("odd", 3)])
+@pytest.mark.parametrize(("name", "max_batch"), [("small", 1), ("heterogeneous", 3)])
 def test_sizes_within_the_limits_compute_what_the_checkpoint_does(name, max_batch, request, convert, run_example):
     source, step = request.getfixturevalue(name), ExecuTorch(max_length=48, max_tokens=8, max_batch=max_batch)
     folder, made = convert(step, source)
@@ -36,10 +36,10 @@ def test_sizes_within_the_limits_compute_what_the_checkpoint_does(name, max_batc
 
 @pytest.mark.parametrize("options", [{"max_batch": 0}, {"max_tokens": 1}, {"max_length": 4}])
 def test_sizes_for_which_there_is_no_program_are_refused(options):
-    with pytest.raises(RecipeError, match="Give at least"):
+    with pytest.raises(RecipeError, match="Give a whole number of at least"):
         ExecuTorch(**options)
 
 
-def test_a_cache_longer_than_the_model_is_refused(small, prospect_of):
+def test_a_cache_longer_than_the_model_is_refused(small, spec_of):
     with pytest.raises(RecipeError, match="max_length of at most"):
-        ExecuTorch(max_length=1_000_000).check(prospect_of(small))
+        ExecuTorch(max_length=1_000_000).check(spec_of(small))

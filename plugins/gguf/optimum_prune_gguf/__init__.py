@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from optimum_prune import FolderPass, Job, Prospect, Runtime, Stage, hookimpl, load_model, option
+from optimum_prune import CheckpointSpec, FolderPass, Job, Runtime, Stage, hookimpl, load_model, option
 from optimum_prune.errors import PassError, VerificationError
 
 if TYPE_CHECKING:
@@ -51,31 +51,30 @@ class Gguf(FolderPass):
     name: ClassVar[str] = "gguf"
     stage: ClassVar[Stage] = Stage.EXPORT
     requires: ClassVar[Mapping[str, str]] = {"gguf": "gguf>=0.17", "llama_cpp": "llama-cpp-python>=0.3.36"}
-    takes_odd: ClassVar[bool] = True
+    takes_heterogeneous: ClassVar[bool] = True
 
     outtype: Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_0", "q4_k_m", "q4_k_s", "q4_0"] = option(
         "Type of the weights, as llama.cpp calls it.", "f16"
     )
 
     @property
-    def usual_tolerance(self) -> float:  # type: ignore[override]  # it depends on the type
+    def usual_tolerance(self) -> float:
         """About twice what the type does to a real model."""
         return TOLERANCES.get(self.outtype, COARSE)
 
-    def check(self, prospect: Prospect) -> None:
+    def check(self, spec: CheckpointSpec) -> None:
         """Refuses what llama.cpp cannot compute, or not exactly."""
-        from optimum_prune_gguf.model import form_of
+        from optimum_prune_gguf.form import form_of
 
-        form_of(prospect.config, prospect.odd)
+        form_of(spec.config, spec.heterogeneous)
 
     def convert(self, job: Job) -> Mapping[str, Any]:
-        """Writes the file, the tokenizer and an example."""
-        from transformers import AutoTokenizer
-
-        from optimum_prune_gguf.model import context_length, form_of, write
+        """Writes the file, what reads its tokenizer, and an example."""
+        from optimum_prune_gguf.form import context_length, form_of
+        from optimum_prune_gguf.model import write
         from optimum_prune_gguf.vocabulary import find_vocabulary
 
-        tokenizer = AutoTokenizer.from_pretrained(job.source, trust_remote_code=job.trust_remote_code)
+        tokenizer = job.tokenizer()
         model = load_model(job.source, trust_remote_code=job.trust_remote_code)
         config = model.config
         form = form_of(config, hasattr(config, "pruned"))
@@ -91,7 +90,6 @@ class Gguf(FolderPass):
             del model
             _quantize(between, file, self.outtype)
             between.unlink()
-        tokenizer.save_pretrained(job.target)
         for name in ("config.json", "modeling_pruned.py"):  # which readers of the tokenizer look for
             if (job.source / name).is_file():
                 shutil.copy(job.source / name, job.target)

@@ -23,45 +23,13 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
     from transformers import PreTrainedTokenizerBase
 
+# fmt: off
 SPLITTERS = (
-    *(
-        "smollm",
-        "qwen2",
-        "gpt-2",
-        "llama-bpe",
-        "starcoder",
-        "tekken",
-        "gpt-4o",
-        "deepseek-v3",
-        "deepseek-llm",
-        "deepseek-coder",
-    ),
-    *(
-        "default",
-        "falcon",
-        "stablelm2",
-        "dbrx",
-        "qwen35",
-        "command-r",
-        "bloom",
-        "poro-chat",
-        "viking",
-        "exaone",
-        "exaone-moe",
-    ),
-    *(
-        "glm4",
-        "chatglm-bpe",
-        "superbpe",
-        "bailingmoe",
-        "seed-coder",
-        "hunyuan",
-        "kimi-k2",
-        "jais",
-        "chameleon",
-        "trillion",
-    ),
+    "smollm", "qwen2", "gpt-2", "llama-bpe", "starcoder", "tekken", "gpt-4o", "deepseek-v3", "deepseek-llm", "deepseek-coder",
+    "default", "falcon", "stablelm2", "dbrx", "qwen35", "command-r", "bloom", "poro-chat", "viking", "exaone", "exaone-moe", "glm4",
+    "chatglm-bpe", "superbpe", "bailingmoe", "seed-coder", "hunyuan", "kimi-k2", "jais", "chameleon", "trillion",
 )
+# fmt: on
 """What llama.cpp calls its ways to split text before byte-level merges. The more finely splitting ones come first."""
 PROBES = (
     "The quick brown fox didn't jump over 13 lazy dogs in 1984 -- they'd've paid $1,234,567.89!",

@@ -1,30 +1,22 @@
 import json
-import logging
-import os
 from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 from optimum_prune_gptq import Gptq
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from optimum_prune import Job, Progress, load_model
+from optimum_prune import load_model
 from optimum_prune.errors import RecipeError
-from optimum_prune.runtime import TransformersRuntime, relative_difference
+from optimum_prune.evaluation.comparison import relative_difference
+from optimum_prune.evaluation.runtime import TransformersRuntime
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-
-
-def quantize(step, source, target, windows):
-    target.mkdir()
-    step.convert(Job(source, target, windows, "cpu", Progress()))
-    return load_file(target / "model.safetensors")
 
 
 def same(first, second):
@@ -56,18 +48,18 @@ def test_asymmetric_ranges_reload(convert, small):
     assert conversion.comparison.difference < 0.35
 
 
-def test_odd_checkpoint_reloads(convert, odd):
-    _, conversion = convert(Gptq(), odd)
+def test_heterogeneous_checkpoint_reloads(convert, heterogeneous):
+    _, conversion = convert(Gptq(), heterogeneous)
     assert conversion.comparison.difference < 0.35
 
 
-def test_weights_follow_from_the_windows_and_from_nothing_else(small, tmp_path):
+def test_weights_follow_from_the_windows_and_from_nothing_else(small, tmp_path, quantize):
     first = quantize(Gptq(), small, tmp_path / "first", tiny.windows(8, 32))
     assert same(first, quantize(Gptq(), small, tmp_path / "again", tiny.windows(8, 32)))
     assert not same(first, quantize(Gptq(), small, tmp_path / "other", tiny.windows(8, 32, seed=1)))
 
 
-def test_padding_is_left_out(small, tmp_path):
+def test_padding_is_left_out(small, tmp_path, quantize):
     windows = tiny.windows(8, 32, padded=True)
     garbage = replace(windows, tokens=torch.where(windows.mask, windows.tokens, 7))
     assert same(
@@ -87,7 +79,7 @@ OPT = {k: v for k, v in SIZES.items() if k not in ("intermediate_size", "num_key
     ],
     ids=["qwen3", "opt"],
 )
-def test_other_architectures(model, tmp_path):
+def test_other_architectures(model, tmp_path, quantize):
     source, windows = tmp_path / "source", tiny.windows(8, 32)
     torch.manual_seed(0)
     model().save_pretrained(source)
@@ -99,29 +91,33 @@ def test_other_architectures(model, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "reason"), [("qwen3", "multiple"), ("gpt2", "GPT-2")])
-def test_what_cannot_be_packed_is_refused_beforehand(family, reason, tmp_path, prospect_of):
+def test_what_cannot_be_packed_is_refused_beforehand(family, reason, tmp_path, spec_of):
     with pytest.raises(RecipeError, match=reason):
-        Gptq(group_size=-1).check(prospect_of(tiny.save(family, tmp_path / "source")))
+        Gptq(group_size=-1).check(spec_of(tiny.save(family, tmp_path / "source")))
 
 
-def test_process_stays_as_it_was(small, tmp_path):
+def test_process_stays_as_it_was(small, tmp_path, quantize, process):
     tokens = tiny.windows(2, 16).tokens
-    before = dict(os.environ), logging.root.level, list(logging.root.handlers), torch.get_num_threads()
-    logits = TransformersRuntime(load_model(small)).logits(tokens)
+    before, logits = process(), TransformersRuntime(load_model(small)).logits(tokens)
     quantize(Gptq(), small, tmp_path / "target", tiny.windows(4, 32))
-    assert (dict(os.environ), logging.root.level, list(logging.root.handlers), torch.get_num_threads()) == before
+    assert process() == before
     assert torch.equal(TransformersRuntime(load_model(small)).logits(tokens), logits)
 
 
 @pytest.mark.parametrize(
     ("options", "remedy"),
-    [({"bits": 5}, "2, 3, 4, 8"), ({"group_size": 48}, "64"), ({"damp_percent": 0.0}, "0.1"), ({"mse": -1.0}, "2.4")],
+    [
+        ({"bits": 5}, "gptq has bits 5. Give 2, 3, 4 or 8: Bits"),
+        ({"group_size": 48}, "Give -1, 32, 64, 128"),
+        ({"damp_percent": 2.0}, "gptq has damp_percent 2.0. Give a number above 0 and below 1: Damping"),
+        ({"mse": -1.0}, "Give a number of at least 0"),
+    ],
 )
 def test_impossible_options_are_refused(options, remedy):
     with pytest.raises(RecipeError, match=remedy):
         Gptq(**options)
 
 
-def test_groups_must_divide_the_widths(prospect_of, small):
+def test_groups_must_divide_the_widths(spec_of, small):
     with pytest.raises(RecipeError, match="group_size"):
-        Gptq(group_size=256).check(prospect_of(small))
+        Gptq(group_size=256).check(spec_of(small))

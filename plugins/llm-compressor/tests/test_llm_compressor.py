@@ -22,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GPT2Config
 
 import optimum_prune
-from optimum_prune import load_model
-from optimum_prune.compress import meta_model
+from optimum_prune import CheckpointSpec, load_model
+from optimum_prune.anatomy.decoder import Decoder
+from optimum_prune.checkpoint.opening import meta_model
 from optimum_prune.errors import RecipeError
+from optimum_prune.evaluation.comparison import ReferenceOutputs, compare, relative_difference
+from optimum_prune.evaluation.runtime import TransformersRuntime
 from optimum_prune.options import build
-from optimum_prune.prospect import Prospect
-from optimum_prune.runtime import Expected, TransformersRuntime, compare, relative_difference
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:compressed_tensors")
 ELSEWHERE = os.environ.get("OPTIMUM_PRUNE_PYTHON_LLM_COMPRESSOR")
@@ -43,22 +44,24 @@ CONVERT = """
 import json, sys, torch
 from pathlib import Path
 from safetensors.torch import load_file
-from optimum_prune import Calibration, Job, Progress
+from optimum_prune import Job, Progress, Windows
+from optimum_prune.conversion.conversion import convert
 from optimum_prune.options import build
 from optimum_prune_llm_compressor import LlmCompressor
 torch.set_num_threads(1)
-small, odd, room = map(Path, sys.argv[1:])
+small, heterogeneous, room = map(Path, sys.argv[1:])
 for name, options in json.loads((room / "options.json").read_text()).items():
     text = load_file(room / ("padding" if name == "padded" else "plain"))
-    job = Job(odd if name == "odd" else small, room / name, Calibration(text["tokens"], text["mask"], "the test"), "cpu", Progress())
+    source = heterogeneous if name == "heterogeneous" else small
+    job = Job(source, room / name, Windows(text["tokens"], text["mask"], "the test"), "cpu", Progress())
     job.target.mkdir()
-    print(json.dumps(dict(build(LlmCompressor, options, "the test").convert(job))))
+    print(json.dumps(dict(convert(build(LlmCompressor, options, "the test"), job))))
 """
 WINDOWS = tiny.windows(count=24, length=32)
 CONVERTED = {
     "gptq": {},
     "padded": {},
-    "odd": {},
+    "heterogeneous": {},
     "rounded": {"algorithm": "round-to-nearest"},
     "narrow": {"algorithm": "round-to-nearest", "group_size": 32},
     "rows": {"scheme": "W8A8", "algorithm": "round-to-nearest"},
@@ -67,7 +70,7 @@ CONVERTED = {
 
 
 @pytest.fixture(scope="session")
-def converted(small, odd, tmp_path_factory) -> Path:
+def converted(small, heterogeneous, tmp_path_factory) -> Path:
     """A folder with a converted checkpoint for each entry of `CONVERTED`; llm-compressor is slow to import, so it is once."""
     room = tmp_path_factory.mktemp("converted")
     (room / "options.json").write_text(json.dumps(CONVERTED))
@@ -79,13 +82,13 @@ def converted(small, odd, tmp_path_factory) -> Path:
     save_file(padded, room / "padding")
     save_file({"tokens": WINDOWS.tokens, "mask": WINDOWS.mask}, room / "plain")
     environment = {**os.environ, "PYTHONPATH": str(_path(room / "code"))}
-    command = [str(INTERPRETER), "-c", CONVERT, str(small), str(odd), str(room)]
+    command = [str(INTERPRETER), "-c", CONVERT, str(small), str(heterogeneous), str(room)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = [
         json.loads(line)["quantized_modules"] for line in done.stdout.split("\n") if line
     ]  # and nothing else is printed
-    assert counts == [21 if name == "odd" else 28 for name in CONVERTED]
+    assert counts == [21 if name == "heterogeneous" else 28 for name in CONVERTED]
     return room
 
 
@@ -101,10 +104,12 @@ def _path(code: Path) -> Path:
 
 @needs_library
 @needs_reader
-@pytest.mark.parametrize(("name", "bound"), [("gptq", 0.5), ("narrow", 0.5), ("rows", 0.1), ("odd", 0.5)])
-def test_what_is_written_reads_in_transformers(converted, small, odd, name, bound):
-    folder, source = converted / name, odd if name == "odd" else small
-    expected = Expected.of(TransformersRuntime(load_model(source)), tiny.windows(count=4, length=40, seed=1).tokens)
+@pytest.mark.parametrize(("name", "bound"), [("gptq", 0.5), ("narrow", 0.5), ("rows", 0.1), ("heterogeneous", 0.5)])
+def test_what_is_written_reads_in_transformers(converted, small, heterogeneous, name, bound):
+    folder, source = converted / name, heterogeneous if name == "heterogeneous" else small
+    expected = ReferenceOutputs.of(
+        TransformersRuntime(load_model(source)), tiny.windows(count=4, length=40, seed=1).tokens
+    )
     comparison = compare(LlmCompressor().open(folder, "cpu"), expected)
     assert 0 < comparison.difference < bound
     assert comparison.with_cache < 0.02
@@ -151,8 +156,8 @@ def test_modules_to_ignore_stay_as_they_are(converted, small):
     ("options", "remedy"),
     [
         ({"scheme": "W8A8", "group_size": 64}, "Leave group_size out"),
-        ({"group_size": 0}, "-1 for one scale"),
-        ({"dampening_frac": 0.0}, "such as 0.01"),
+        ({"group_size": 0}, "of at least 1, or -1"),
+        ({"dampening_frac": 0.0}, "above 0 and below 1"),
         ({"scheme": "W4A17"}, "W4A16"),
         ({"actorder": "group"}, "static"),
     ],
@@ -162,18 +167,15 @@ def test_options_that_cannot_work_are_refused(options, remedy):
         build(LlmCompressor, options, "the test")
 
 
-def test_groups_that_do_not_divide_the_widths_are_refused(prospect_of, small):
+def test_groups_that_do_not_divide_the_widths_are_refused(spec_of, small):
     with pytest.raises(RecipeError, match="no multiple"):
-        LlmCompressor(group_size=96).check(prospect_of(small))
-    LlmCompressor(group_size=-1).check(prospect_of(small))
-    LlmCompressor(scheme="W8A8").check(prospect_of(small))
+        LlmCompressor(group_size=96).check(spec_of(small))
+    LlmCompressor(group_size=-1).check(spec_of(small))
+    LlmCompressor(scheme="W8A8").check(spec_of(small))
 
 
 def test_transposed_linear_modules_are_refused_and_not_left_unquantized(plugins):
-    from optimum_prune.anatomy import find_family
-
     config = GPT2Config(n_embd=64, n_head=2, n_layer=2, vocab_size=320)
-    family = find_family(config, plugins.families)
-    prospect = Prospect(config, family, family.shape(meta_model(config)))
+    decoder = Decoder.of(meta_model(config), plugins.families)
     with pytest.raises(RecipeError, match="transposed"):
-        LlmCompressor().check(prospect)
+        LlmCompressor().check(CheckpointSpec(config, decoder.family, decoder.shape()))

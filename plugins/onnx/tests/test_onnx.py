@@ -5,12 +5,12 @@ from optimum_prune_onnx import Onnx
 from transformers import AutoTokenizer
 
 from optimum_prune import load_model
-from optimum_prune.conversion import folder_bytes
+from optimum_prune.conversion.conversion import folder_bytes
 from optimum_prune.errors import RecipeError
-from optimum_prune.runtime import relative_difference
+from optimum_prune.evaluation.comparison import relative_difference
 
 
-@pytest.fixture(params=["small", "odd"])
+@pytest.fixture(params=["small", "heterogeneous"])
 def source(request):
     return request.getfixturevalue(request.param)
 

@@ -7,14 +7,14 @@ from transformers import AutoTokenizer
 
 from optimum_prune import load_model
 from optimum_prune.errors import RecipeError
-from optimum_prune.runtime import relative_difference
+from optimum_prune.evaluation.comparison import relative_difference
 
 
 def size(folder):
     return (folder / "openvino_model.bin").stat().st_size
 
 
-@pytest.fixture(params=["small", "odd"])
+@pytest.fixture(params=["small", "heterogeneous"])
 def source(request):
     return request.getfixturevalue(request.param)
 
@@ -50,7 +50,7 @@ def test_float16_halves_the_file(small, convert):
     assert size(folder) < 0.55 * (small / "model.safetensors").stat().st_size
 
 
-def test_int8_and_int4_are_smaller_and_text_makes_int4_better(odd, convert, tmp_path):
+def test_int8_and_int4_are_smaller_and_text_makes_int4_better(heterogeneous, convert, tmp_path):
     found = {}
     for name, step in {
         "int8": OpenVino(quantize="int8"),
@@ -58,10 +58,10 @@ def test_int8_and_int4_are_smaller_and_text_makes_int4_better(odd, convert, tmp_
         "int4": OpenVino(quantize="int4"),
     }.items():
         (tmp_path / "openvino").rename(tmp_path / f"{name}-before") if (tmp_path / "openvino").exists() else None
-        folder, made = convert(step, odd)
+        folder, made = convert(step, heterogeneous)
         found[name] = made.comparison.difference, size(folder)
     assert found["int8"][0] < found["int4"][0] < found["rounded"][0]
-    assert found["int4"][1] < found["int8"][1] < 0.3 * (odd / "model.safetensors").stat().st_size
+    assert found["int4"][1] < found["int8"][1] < 0.3 * (heterogeneous / "model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_int8_and_int4_are_smaller_and_text_makes_int4_better(odd, convert, tmp_
     [
         ({"group_size": 32}, "leave group_size out"),
         ({"quantize": "int8", "gptq": True}, "Give `quantize: int4`"),
-        ({"quantize": "int4", "ratio": 1.5}, "Give a number from 0 to 1"),
-        ({"quantize": "int4", "group_size": 0}, "Give at least 1"),
+        ({"quantize": "int4", "ratio": 1.5}, "Give a number of at least 0 and at most 1"),
+        ({"quantize": "int4", "group_size": 0}, "Give a whole number of at least 1"),
     ],
 )
 def test_options_without_effect_are_refused(options, remedy):
@@ -78,6 +78,6 @@ def test_options_without_effect_are_refused(options, remedy):
         OpenVino(**options)
 
 
-def test_groups_must_divide_the_widths(small, prospect_of):
+def test_groups_must_divide_the_widths(small, spec_of):
     with pytest.raises(RecipeError, match="groups of 96"):
-        OpenVino(quantize="int4", group_size=96).check(prospect_of(small))
+        OpenVino(quantize="int4", group_size=96).check(spec_of(small))

@@ -7,7 +7,7 @@ from optimum_prune_quanto import Quanto, align
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from optimum_prune import Prospect, load_model
+from optimum_prune import load_model
 from optimum_prune.errors import RecipeError, VerificationError
 
 pytestmark = [
@@ -31,8 +31,8 @@ def test_logits_stay_near_and_the_cache_agrees(step, small, convert):
 
 
 @pytest.mark.parametrize("step", SETTINGS.values(), ids=SETTINGS)
-def test_odd_checkpoints_are_quantized_too(step, odd, convert):
-    folder, done = convert(step, odd)
+def test_heterogeneous_checkpoints_are_quantized_too(step, heterogeneous, convert):
+    folder, done = convert(step, heterogeneous)
     assert 0 < done.comparison.difference < most(step)
     assert done.evidence["quantized_layers"] == 3 * 4 + 3 * 3 + (not step.exclude)
     assert (folder / "modeling_pruned.py").is_file()
@@ -53,7 +53,7 @@ def test_the_output_is_of_its_own_once_it_is_quantized(small, convert):
     assert "lm_head" in json.loads((folder / "quanto_qmap.json").read_text())
 
 
-@pytest.mark.parametrize("checkpoint", ["small", "odd"])
+@pytest.mark.parametrize("checkpoint", ["small", "heterogeneous"])
 def test_bfloat16_weights_of_8_bits_run_where_they_are_mapped(checkpoint, convert, request, tmp_path):
     source = tmp_path / "source"
     for name in ("model.safetensors", "config.json"):
@@ -113,9 +113,8 @@ def test_a_tolerance_that_is_too_small_is_an_error(small, convert):
 
 
 @pytest.mark.parametrize(("weights", "width", "multiple"), [("qint8", 200, 16), ("qint4", 208, 32)])
-def test_widths_that_its_kernels_cannot_take_are_refused(weights, width, multiple, small, prospect_of):
-    known = prospect_of(small)
-    layers = tuple(replace(layer, width=width) for layer in known.shape.layers)
-    narrower = Prospect(known.config, known.family, replace(known.shape, layers=layers))
+def test_widths_that_its_kernels_cannot_take_are_refused(weights, width, multiple, small, spec_of):
+    known = spec_of(small)
+    narrower = replace(known, shape=known.shape.narrowed({"channels": width}))
     with pytest.raises(RecipeError, match=f"multiple_of: {multiple}"):
         Quanto(weights=weights).check(narrower)

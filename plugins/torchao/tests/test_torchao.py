@@ -32,8 +32,8 @@ def test_logits_stay_near_and_the_cache_agrees(step, small, convert):
 
 
 @pytest.mark.parametrize("step", [TorchAo(), TorchAo(quant_type=DYNAMIC)], ids=[WEIGHT_ONLY, DYNAMIC])
-def test_odd_checkpoints_are_quantized_too(step, odd, convert):
-    folder, done = convert(step, odd)
+def test_heterogeneous_checkpoints_are_quantized_too(step, heterogeneous, convert):
+    folder, done = convert(step, heterogeneous)
     assert 0 < done.comparison.difference < 0.1
     assert done.evidence["quantized_layers"] == 3 * 4 + 3 * 3
     assert (folder / "modeling_pruned.py").is_file()
@@ -75,15 +75,15 @@ def test_a_tolerance_that_is_too_small_is_an_error(small, convert):
         convert(TorchAo(tolerance=1e-6), small)
 
 
-def test_impossible_options_are_refused_with_the_remedy(small, prospect_of):
+def test_impossible_options_are_refused_with_the_remedy(small, spec_of):
     with pytest.raises(RecipeError, match="Leave group_size out"):
         TorchAo(quant_type=DYNAMIC, group_size=64)
-    with pytest.raises(RecipeError, match="Give a positive number"):
+    with pytest.raises(RecipeError, match="Give a whole number of at least 1"):
         TorchAo(group_size=0)
     with pytest.raises(RecipeError, match="Leave reduce_range out"):
         TorchAo(reduce_range=True)
     with pytest.raises(RecipeError, match="group_size of 128, 64, 32, 16"):
-        TorchAo(group_size=96).check(prospect_of(small))
+        TorchAo(group_size=96).check(spec_of(small))
 
 
 def test_settings_of_inductor_are_left_alone(small, convert):

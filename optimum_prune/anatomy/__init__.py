@@ -1,0 +1,1 @@
+"""Where things live in a model: families, decoders, axes and shapes."""

@@ -1,0 +1,1 @@
+"""The plugins that come along, one file each; nothing imports them."""

@@ -1,0 +1,1 @@
+"""Built-in pruners: every module here is a plugin, found by scanning this folder."""

@@ -1,0 +1,289 @@
+"""OSSCAR: one-shot structured pruning by combinatorial optimization (Meng et al., ICML 2024, arXiv 2403.12983).
+
+Layer by layer, attention heads and FFN channels are removed so that the output of attention and of the FFN changes least over
+the calibration tokens: greedily, one at a time, each the cheapest given those that went before, with the weights on what is
+left refitted exactly (`refit/elimination.py` has the mathematics). Of heads, whole key-value heads go, with the query heads that
+share them. Of a mixture, every expert keeps as many channels, chosen and refitted over the tokens that are routed to it. Later
+layers see the stream of the pruned layers before them. Where the projection has a bias, its inputs are taken less their mean,
+and the bias takes over the mean of what is lost.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import repeat
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, FEED_FORWARD, AxisShape, LayerShape, Shape
+from optimum_prune.anatomy.workload import Cost, Workload
+from optimum_prune.calibration.stream import walk_cost
+from optimum_prune.errors import RecipeError
+from optimum_prune.hooks.marker import hookimpl
+from optimum_prune.options import option
+from optimum_prune.passes.base import Pass
+from optimum_prune.passes.prune import PrunePass
+from optimum_prune.refit.narrowing import Narrowing
+from optimum_prune.selection.budget import Measured, allocate
+from optimum_prune.selection.divergence import Divergence, split, trial_cost, trial_workloads
+from optimum_prune.selection.targets import Target
+from optimum_prune.surgery.cuts import Decision
+
+if TYPE_CHECKING:
+    from optimum_prune.anatomy.decoder import Decoder
+    from optimum_prune.calibration.calibration import Calibration
+    from optimum_prune.calibration.visit import LayerVisit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Osscar(PrunePass):
+    """Removes FFN channels and attention heads by exact greedy elimination and refits what is left by least squares."""
+
+    name: ClassVar[str] = "osscar"
+    ratio: float | None = option("Fraction of the FFN channels to remove, between 0 and 1.", None, above=0, below=1)
+    params: float | None = option(
+        "Fraction of all the model's parameters to keep, instead of 'ratio'; the FFN width is solved for.",
+        None,
+        above=0,
+        below=1,
+    )
+    head_ratio: float | None = option(
+        "Fraction of the key-value heads to remove, with their query heads. If not given: 0, or if global, as many as are cheap.",
+        None,
+        above=0,
+        below=1,
+        or_else=0,
+    )
+    allocation: Literal["uniform", "global"] = option(
+        "As much from every layer, or from each what hurts the model least: heads may then go instead of channels.",
+        "uniform",
+    )
+    protect: tuple[int, ...] = option("Layers to leave as they are.", ())
+    multiple_of: int | None = option(
+        "Keep a multiple of this many channels. If not given: 64, or less for layers narrower than 1024.",
+        None,
+        at_least=1,
+    )
+    damping: float | None = option(
+        "Added to the gram's diagonal, relative to its mean. If not given: 0.01, or 0.2 with a correction.",
+        None,
+        above=0,
+        below=math.inf,
+    )
+    correction: float | None = option(
+        "How far to move the FFN's outputs towards the dense model's hidden states, 0 to 1. If not given: 0, or 0.25 if global.",
+        None,
+        at_least=0,
+        at_most=1,
+    )
+    step: int = option("Channels removed before the rest are ranked anew; 1 is the exact greedy.", 1, at_least=1)
+    swaps: int = option(
+        "After the elimination, swap up to this many pairs of channels where the loss falls.", 0, at_least=0
+    )
+    one_shot: bool = option("Rank the channels once instead of eliminating them; faster for very wide layers.", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ratio is None and self.params is None and not self.head_ratio:
+            raise RecipeError(
+                "osscar needs a target: 'ratio' or 'params' for the FFN channels, 'head_ratio' for heads."
+            )
+        if self.ratio is not None and self.params is not None:
+            raise RecipeError("osscar has both 'ratio' and 'params', which ask for two widths. Give one of them.")
+        if self.allocation == "global" and self.ratio is None and self.params is None:
+            raise RecipeError(
+                "osscar has allocation 'global' and no channels to remove. Give 'ratio' or 'params' too."
+            )
+        if len(set(self.protect)) < len(self.protect) or any(index < 0 for index in self.protect):
+            raise RecipeError(f"osscar is to protect the layers {list(self.protect)}. Name each once, counted from 0.")
+
+    @property
+    def _narrowing(self) -> Narrowing:
+        """How a layer is narrowed."""
+        globally = self.allocation == "global"
+        correction = (0.25 if globally else 0.0) if self.correction is None else self.correction
+        damping = (0.2 if correction else 0.01) if self.damping is None else self.damping
+        return Narrowing(damping, correction, self.step, self.swaps, self.one_shot)
+
+    def _target(self, block: str) -> Target:
+        """What is narrowed of a block."""
+        return Target(self.name, block, self.protect, self.multiple_of)
+
+    # What there will be
+
+    def foresee(self, shape: Shape) -> Shape:
+        unknown = [index for index in self.protect if index >= len(shape.layers)]
+        if unknown:
+            raise RecipeError(
+                f"osscar is to protect the layer {unknown[0]}, but there are only 0 to {len(shape.layers) - 1}."
+            )
+        if len(self.protect) == len(shape.layers):
+            raise RecipeError("osscar is to protect every layer, so there is nothing to prune. Leave some out.")
+        fewer, inner = self._with_fewer_whole_units(shape), self._target(FEED_FORWARD)
+        if self.ratio is not None:
+            found = inner.narrowed(fewer, self.ratio)
+        elif self.params is not None:
+            found = inner.solved(fewer, self.params * shape.parameters, shape.parameters)
+        else:
+            return fewer
+        if self.allocation == "uniform":
+            return found
+        attention = {axis.name: 1 for layer in fewer.layers for axis in layer.within(ATTENTION)}
+        return replace(found, searched={**attention, **inner.least(fewer)})
+
+    def _with_fewer_whole_units(self, shape: Shape) -> Shape:
+        if not self.head_ratio:
+            return shape
+        return self._target(ATTENTION).with_whole_units_removed(shape, self.head_ratio, "head_ratio")
+
+    def estimate(self, shape: Shape, work: Workload) -> Cost:
+        pairs = list(zip(shape.layers, self.foresee(shape).layers, strict=True))
+        streams = 2 if self._narrowing.correction else 1
+        walk, held = walk_cost(work, shape, streams), work.stored_states(streams)
+        each = [self._narrowing.cost(work, before, after).with_memory(held) for before, after in pairs]
+        if self.allocation == "uniform":
+            return walk.followed_by(*each)
+        fitted, few = trial_workloads(work)
+        trials = [
+            trial_cost(fitted, few, shape, index, self._trial_costs(fitted, index, *pair))
+            for index, pair in enumerate(pairs)
+        ]
+        beside = work.stored_states() + few.states(6)
+        return Cost().followed_by(*trials).with_memory(beside).followed_by(walk, *each)
+
+    def _trial_costs(
+        self, work: Workload, index: int, before: LayerShape, after: LayerShape
+    ) -> list[tuple[Cost, int]]:
+        """What it takes to decide on each size at which an axis of a layer is measured, and how many sizes there are."""
+        return [
+            (self._narrowing.cost(work, before, before.narrowed({trial.axis.name: trial.sizes[-1]})), len(trial.sizes))
+            for trial in self._trials(index, before, after)
+        ]
+
+    # Deciding
+
+    def decide(self, decoder: Decoder, calibration: Calibration) -> Iterator[Decision]:
+        shape = decoder.shape()
+        uniform = self.foresee(shape)
+        targets = uniform.layers
+        if self.allocation == "global":
+            measured = self._measured(decoder, calibration, shape, uniform)
+            targets = self._allocated(shape, uniform, measured)
+            costs = [
+                {layer.axis_named(part.axis).size: dict(part.costs) for part in parts}
+                for layer, parts in zip(shape.layers, measured, strict=True)
+            ]
+            yield Decision(evidence={"nats_per_token_if_narrowed_alone": dict(enumerate(costs))})
+        visits = calibration.walk(decoder, "OSSCAR, layer by layer")
+        dense = calibration.quiet().walk(decoder, "") if self._narrowing.correction else repeat(None)
+        changed = False
+        for visit, reference in zip(visits, dense, strict=False):
+            if reference is not None:
+                reference.leave()  # before this layer is cut
+            if visit.index in self.protect:
+                continue
+            before, target = shape.layers[visit.index], targets[visit.index]
+            yield from self._narrowed(visit, calibration, (before, target), reference if changed else None)
+            changed |= target != before
+
+    def _narrowed(
+        self,
+        visit: LayerVisit,
+        calibration: Calibration,
+        shapes: tuple[LayerShape, LayerShape],
+        reference: LayerVisit | None,
+    ) -> Iterator[Decision]:
+        """How a layer becomes what it is to be; each axis decided once, even if the run is killed and goes on."""
+        before, target = shapes
+        for block in BLOCKS:
+            for axis in before.within(block):
+                keep, corrected = (
+                    target.units(axis.name),
+                    reference is not None and block == FEED_FORWARD and not axis.groups,
+                )
+                if keep == axis.units and not corrected:
+                    continue
+                decide = partial(self._decision, visit, axis.name, keep, reference)
+                decision = calibration.once(f"{axis.size} of layer {visit.index}", decide)
+                if not axis.groups:
+                    visit.narrow(visit.layer.axes[axis.name], decision.cuts.kept(visit.index, axis.name))  # type: ignore[arg-type]
+                yield decision
+
+    def _decision(self, visit: LayerVisit, name: str, keep: int, reference: LayerVisit | None) -> Decision:
+        (decision,) = self._narrowing.decisions(visit, name, (keep,), reference)
+        return decision
+
+    # Which layer is to keep how much
+
+    def _allocated(
+        self, shape: Shape, uniform: Shape, measured: Sequence[Sequence[Measured]]
+    ) -> tuple[LayerShape, ...]:
+        """The layers' shapes for allocation `global`."""
+        fewer = self._with_fewer_whole_units(shape)
+        wanted = uniform.parameters if self.params is None else round(self.params * shape.parameters)
+        return tuple(allocate(fewer.layers, measured, fewer.parameters - wanted))
+
+    def _measured(
+        self, decoder: Decoder, calibration: Calibration, shape: Shape, uniform: Shape
+    ) -> list[list[Measured]]:
+        """What it costs the model to narrow each axis of each layer alone."""
+        layers = zip(shape.layers, uniform.layers, strict=True)
+        trials = {index: list(self._trials(index, *pair)) for index, pair in enumerate(layers)}
+        losses = calibration.once("costs", lambda: self._losses(decoder, calibration, trials))
+        measured = []
+        for layer, of_layer, found in zip(shape.layers, trials.values(), losses, strict=True):
+            costs = []
+            for trial, each in zip(of_layer, found, strict=True):
+                known = zip((trial.axis.units, *trial.sizes), (0.0, *each), strict=True)
+                parameters = layer.per_unit(trial.axis.name)
+                costs.append(Measured(trial.axis.name, tuple(known), trial.multiple, parameters))
+            measured.append(costs)
+        return measured
+
+    def _losses(
+        self, decoder: Decoder, calibration: Calibration, trials: Mapping[int, Sequence[_Trial]]
+    ) -> list[list[list[float]]]:
+        """Of each layer, for each axis of it that may be narrowed, what each size costs the model."""
+        fitted, held_out = (calibration.on(windows) for windows in split(calibration.windows))
+        divergence = Divergence(decoder, held_out)
+
+        def measure(visit: LayerVisit, probe: LayerVisit) -> list[list[float]]:
+            return [
+                divergence.of(probe, self._narrowing.decisions(visit, trial.axis.name, trial.sizes))
+                for trial in trials[visit.index]
+            ]
+
+        visits = fitted.walk(decoder, "Measuring what narrowing a layer costs")
+        probes = held_out.quiet().walk(decoder, "")
+        return [
+            calibration.once(f"costs of layer {visit.index}", partial(measure, visit, probe))
+            for visit, probe in zip(visits, probes, strict=True)
+        ]
+
+    def _trials(self, index: int, layer: LayerShape, uniform: LayerShape) -> Iterator[_Trial]:
+        """Which axes of a layer may be narrowed, and at which sizes they are measured."""
+        if index in self.protect:
+            return
+        for axis in layer.within(ATTENTION) if self.head_ratio is None else ():
+            if axis.fewer:
+                yield _Trial(axis, (axis.fewer[-1],), None)
+        inner = self._target(FEED_FORWARD)
+        for axis in layer.within(FEED_FORWARD):
+            yield _Trial(axis, inner.trials(axis, uniform.units(axis.name)), inner.multiple(axis))
+
+
+class _Trial(NamedTuple):
+    """An axis of a layer that may be narrowed."""
+
+    axis: AxisShape
+    sizes: tuple[int, ...]
+    """To be measured, from large to small."""
+    multiple: int | None
+    """Sizes are multiples of this; None if nothing between those that are measured is possible."""
+
+
+@hookimpl
+def passes() -> Iterator[type[Pass]]:
+    yield Osscar

@@ -1,0 +1,1 @@
+"""Model folders: opened, loaded, saved, verified."""

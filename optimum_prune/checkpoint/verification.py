@@ -1,0 +1,108 @@
+"""Verification of a saved checkpoint: loaded again, it must compute what the model that was saved computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from optimum_prune.checkpoint.loading import Loading, reload
+from optimum_prune.errors import VerificationError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from jaxtyping import Float, Int
+    from transformers import PreTrainedModel
+
+PROBE_WINDOWS, PROBE_TOKENS, PROBE_DECODED = 2, 32, 8
+ROUNDING = 4
+"""A reloaded model may differ by this many units in the last place of its largest logit; on most machines it does by none."""
+CACHE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.15}
+"""How far logits computed with a cache may be from those without, relative to their spread."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a model computes on a few tokens; what is reloaded must compute the same."""
+
+    tokens: Int[Tensor, "windows length"]
+    plain: Float[Tensor, "windows decoded vocabulary"]
+    """Logits at the last positions, without a cache."""
+    cached: Float[Tensor, "windows decoded vocabulary"]
+    """The same, decoded token by token with a cache."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How far a reloaded model is from the one that was saved."""
+
+    max_logit_difference: float
+    max_logit_difference_with_cache: float
+    cached_against_uncached: float
+    """Distance of logits with a cache from those without, relative to the spread of the latter."""
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, tokens: Int[Tensor, "windows length"]) -> Probe:
+    """What a model computes on the beginning of a few windows, with and without a cache."""
+    device = model.get_input_embeddings().weight.device
+    few = tokens[:PROBE_WINDOWS, :PROBE_TOKENS].to(device)
+    decoded = min(PROBE_DECODED, few.shape[1] - 1)
+    plain = model(input_ids=few, use_cache=False).logits[:, -decoded:]
+    return Probe(few.cpu(), plain.float().cpu(), torch.cat(list(_decode(model, few, decoded)), dim=1).float().cpu())
+
+
+def _decode(model: PreTrainedModel, tokens: Tensor, decoded: int) -> Iterator[Tensor]:
+    start = tokens.shape[1] - decoded
+    cache = model(input_ids=tokens[:, :start], use_cache=True).past_key_values
+    for position in range(start, tokens.shape[1]):
+        output = model(input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        yield output.logits
+
+
+def verify(folder: Path, expected: Probe, loading: Loading) -> tuple[PreTrainedModel, Verification]:
+    """Reloads a saved checkpoint with stock transformers and compares its logits with those of the model that was saved.
+
+    Args:
+        expected: what the model that was saved computes.
+        loading: how to load it; in the dtype of that model.
+
+    Returns:
+        The reloaded model, and how far it is from the saved one.
+
+    Raises:
+        VerificationError: keys that are missing, unexpected or of another shape, or logits that differ.
+    """
+    model = reload(folder, loading)
+    found = probe(model, expected.tokens)
+    verification = Verification(
+        max_logit_difference=_difference(found.plain, expected.plain),
+        max_logit_difference_with_cache=_difference(found.cached, expected.cached),
+        cached_against_uncached=((found.cached - found.plain).std() / found.plain.std()).item(),
+    )
+    _judge(verification, expected, loading.dtype)
+    return model, verification
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    return (found - expected).abs().max().item()
+
+
+def _judge(verification: Verification, expected: Probe, dtype: torch.dtype) -> None:
+    allowed = ROUNDING * torch.finfo(dtype).eps * expected.plain.abs().max().item()
+    worst = max(verification.max_logit_difference, verification.max_logit_difference_with_cache)
+    if not worst <= allowed:
+        raise VerificationError(
+            f"The reloaded model's logits differ from the saved model's by up to {worst:.3g}; {allowed:.3g} would be rounding. This "
+            f"architecture does not survive saving in this form; please report it."
+        )
+    if not verification.cached_against_uncached <= CACHE_TOLERANCE.get(dtype, CACHE_TOLERANCE[torch.bfloat16]):
+        raise VerificationError(
+            f"With a cache, the reloaded model's logits differ from those without by {verification.cached_against_uncached:.3g} of their "
+            f"spread, so generation would go wrong. Please report it with the recipe and the architecture."
+        )

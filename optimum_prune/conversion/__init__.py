@@ -1,0 +1,1 @@
+"""Passes from folder to folder: carried out, opened again, judged."""

@@ -1,0 +1,178 @@
+"""Carries out a pass from folder to folder in another interpreter, whose environment has its libraries.
+
+The other environment needs torch, transformers and what the pass requires, but nothing of ours: a copy of this package and of the
+plugin's module is put on its path. The two interpreters tell each other by files: a job and its tensors one way, an answer the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import load_file, save_file
+
+from optimum_prune import errors
+from optimum_prune.conversion import conversion
+from optimum_prune.errors import OptimumPruneError, PassError, RecipeError
+from optimum_prune.evaluation.comparison import ReferenceOutputs
+from optimum_prune.machine.progress import Progress
+from optimum_prune.options import as_plain, build
+from optimum_prune.passes.folder import FolderPass, Job
+from optimum_prune.text.windows import Windows
+
+if TYPE_CHECKING:
+    from optimum_prune.conversion.conversion import Conversion
+
+LINES = 12
+"""How much of what the other interpreter printed last an error repeats, where it is not shown anyway."""
+SERVE = "import sys; sys.path.append(sys.argv[2]); from optimum_prune.conversion.elsewhere import serve; serve(sys.argv[1])"
+
+
+# On this side
+
+
+def convert_remotely(
+    interpreter: str, step: FolderPass, job: Job, expected: ReferenceOutputs, evaluation: Windows | None, room: Path
+) -> Conversion:
+    """What `conversion.convert_and_judge` returns in another interpreter.
+
+    Args:
+        interpreter: a Python, as the shell calls it.
+        room: an empty folder for what the two interpreters tell each other.
+
+    Raises:
+        OptimumPruneError: what `conversion.convert_and_judge` raises there.
+        PassError: the interpreter ends in another way.
+    """
+    _bring_code(type(step), room / "code")
+    _write_job(step, job, expected, evaluation, room)
+    environment = {**os.environ, "PYTHONPATH": str(room / "code")}
+    last = _run([interpreter, "-c", SERVE, str(room), str(room / "fallback")], environment, job.progress.output)
+    answer = room / "answer.json"
+    if not answer.is_file():
+        raise PassError(
+            f"The pass '{step.name}' ended with its interpreter {interpreter}, which said last: {' / '.join(last) or 'nothing'}"
+        )
+    plain = json.loads(answer.read_text(encoding="utf-8"))
+    if "error" in plain:
+        kind = getattr(errors, plain["error"], PassError)
+        raise kind(plain["message"])
+    return conversion.from_plain(plain["conversion"])
+
+
+def _bring_code(kind: type[FolderPass], folder: Path) -> None:
+    """Copies this package and the module of a pass to a folder for the path of another interpreter, and pluggy to one behind it."""
+    import pluggy
+
+    top = kind.__module__.partition(".")[0]
+    module = sys.modules[top]
+    file = getattr(module, "__file__", None)
+    if file is None or top == "__main__":
+        raise RecipeError(
+            f"The pass '{kind.name}' is defined in {top}, which another interpreter cannot import. Move it into a module of its own."
+        )
+    _copy_module(Path(__file__).parent.parent, folder)
+    if top != "optimum_prune":
+        _copy_module(Path(file).parent if hasattr(module, "__path__") else Path(file), folder)
+    _copy_module(Path(pluggy.__file__).parent, folder.parent / "fallback")
+
+
+def _copy_module(source: Path, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, folder / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copy(source, folder)
+
+
+def _write_job(step: FolderPass, job: Job, expected: ReferenceOutputs, evaluation: Windows | None, room: Path) -> None:
+    tensors = {f"expected.{name}": value for name, value in vars(expected).items()}
+    windows = {"calibration": job.calibration} | ({"evaluation": evaluation} if evaluation else {})
+    for name, text in windows.items():
+        tensors |= {f"{name}.tokens": text.tokens, f"{name}.mask": text.mask}
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, room / "job.safetensors")
+    plain = {
+        "module": type(step).__module__,
+        "class": type(step).__qualname__,
+        "options": as_plain(step),
+        "texts": {name: {"source": text.source, "bos": text.bos} for name, text in windows.items()},
+        "source": str(job.source.absolute()),
+        "target": str(job.target.absolute()),
+        "device": job.device,
+        "seed": job.seed,
+        "trust_remote_code": job.trust_remote_code,
+        "output": job.progress.output,
+    }
+    (room / "job.json").write_text(json.dumps(plain), encoding="utf-8")
+
+
+def _run(command: list[str], environment: Mapping[str, str], shown: bool) -> list[str]:
+    """Runs a command, shows what it prints on stderr, and returns its last lines."""
+    last: deque[str] = deque(maxlen=LINES)
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                if shown:
+                    sys.stderr.write(line)
+                if line.strip():
+                    last.append(line.strip())
+        except BaseException:
+            process.kill()
+            raise
+    return list(last)
+
+
+# On the other side
+
+
+def serve(room: str) -> None:
+    """Carries out the job that lies in a folder, and leaves the answer there; the other interpreter runs this."""
+    folder = Path(room)
+    plain = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    try:
+        answer = _served(plain, load_file(folder / "job.safetensors"))
+    except OptimumPruneError as error:
+        answer = {"error": type(error).__name__, "message": str(error)}
+    partial = folder / "answer.partial"
+    partial.write_text(json.dumps(answer), encoding="utf-8")
+    partial.rename(folder / "answer.json")
+
+
+def _served(plain: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    kind: Any = functools.reduce(getattr, plain["class"].split("."), importlib.import_module(plain["module"]))
+    step: Any = build(kind, plain["options"], f"pass '{kind.name}'")
+    texts = {
+        name: Windows(tensors[f"{name}.tokens"], tensors[f"{name}.mask"], **about)
+        for name, about in plain["texts"].items()
+    }
+    job = Job(
+        source=Path(plain["source"]),
+        target=Path(plain["target"]),
+        calibration=texts["calibration"],
+        device=plain["device"],
+        progress=Progress(output=plain["output"]),
+        seed=plain["seed"],
+        trust_remote_code=plain["trust_remote_code"],
+    )
+    expected = ReferenceOutputs(*(tensors[f"expected.{name}"] for name in ("tokens", "logits", "generated")))
+    done = conversion.convert_and_judge(step, job, expected, texts.get("evaluation"))
+    return {"conversion": asdict(done)}

@@ -1,0 +1,1 @@
+"""Memory, files, processes and progress. Nothing here knows a model."""

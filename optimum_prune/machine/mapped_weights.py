@@ -1,0 +1,151 @@
+"""Weights of a model that stay on disk: mapped into memory, read when they are used, and given back afterwards.
+
+A mapped model is an ordinary model whose parameters lie in files. A page of a file takes memory from when it is first read until it is
+given back, so giving back a layer's pages when it has run leaves one layer in memory at a time, whoever runs it. Meanwhile the
+system is told to read the next layer's pages ahead. What a pass changes is written to a file of its own at once, and mapped from
+there.
+"""
+
+from __future__ import annotations
+
+import mmap
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from optimum_prune.machine.memory import advise, give_back, return_large_blocks
+from optimum_prune.machine.tensor_files import mapped_tensors, write
+
+ATTRIBUTE = "mapped_weights"
+"""Under which a layer that gives its memory back when it has run knows the `MappedWeights` that its weights belong to."""
+
+
+@contextmanager
+def held(layer: nn.Module) -> Iterator[None]:
+    """Keeps the weights of a layer in memory between several runs of it, for the time of a `with`; nothing if they are not mapped."""
+    weights: MappedWeights | None = getattr(layer, ATTRIBUTE, None)
+    if weights is None:
+        yield
+        return
+    with weights.holding(layer):
+        yield
+
+
+class MappedWeights:
+    """The weights of a model that are mapped from files, and these files.
+
+    Args:
+        folder: for the weights that a pass changes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        return_large_blocks()
+        self._folder = folder
+        self._files: list[Tensor] = []  # as bytes, by their addresses
+        self._numbers = count()
+        self._held: set[nn.Module] = set()
+
+    def __deepcopy__(self, _: dict[int, Any]) -> MappedWeights:
+        """Itself: the copy of a layer has its weights in the same files."""
+        return self
+
+    def map(self, file: Path) -> dict[str, Tensor]:
+        """The tensors of a safetensors file, mapped.
+
+        Raises:
+            CheckpointError: it is no such file, or ends too early.
+        """
+        content, tensors = mapped_tensors(file)
+        if tensors:
+            self._files.append(content)
+            self._files.sort(key=Tensor.data_ptr)
+        return tensors
+
+    def attach(self, model: nn.Module) -> None:
+        """Lets a mapped model give back each layer when it has run, and whatever lies outside of layers, and read the next layer ahead.
+
+        Layers are what its lists of modules hold.
+        """
+        lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+        inside = {id(module) for layers in lists for layer in layers for module in layer.modules()}
+        for layers in lists:
+            for layer, following in zip(layers, [*layers[1:], None], strict=True):
+                layer.register_forward_pre_hook(lambda *_, following=following: self._read_ahead(following))
+                layer.register_forward_hook(lambda module, *_: self._release_unless_held(module), always_call=True)
+                setattr(layer, ATTRIBUTE, self)
+        for module in model.modules():
+            if id(module) not in inside and any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_hook(lambda module, *_: self.release(module), always_call=True)
+
+    def _read_ahead(self, module: nn.Module | None) -> None:
+        for parameter in () if module is None else module.parameters():
+            self._advise(parameter, mmap.MADV_WILLNEED)
+
+    def _release_unless_held(self, layer: nn.Module) -> None:
+        if layer not in self._held:
+            self.release(layer)
+
+    @contextmanager
+    def holding(self, layer: nn.Module) -> Iterator[None]:
+        """Keeps the weights of a layer in memory when it has run, until the end of a `with`."""
+        self._held.add(layer)
+        try:
+            yield
+        finally:
+            self._held.discard(layer)
+            self.release(layer)
+
+    def release(self, module: nn.Module) -> None:
+        """Gives back the memory of a module's weights; they are read again when they are used again."""
+        for parameter in module.parameters():
+            self._advise(parameter, mmap.MADV_DONTNEED)
+
+    def _advise(self, tensor: Tensor, advice: int) -> None:
+        if self._holds(tensor):
+            advise(tensor, advice)
+
+    def _holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in one of the files."""
+        position = bisect_right(self._files, tensor.data_ptr(), key=Tensor.data_ptr) - 1
+        if position < 0 or tensor.numel() == 0:
+            return False
+        file = self._files[position]
+        return tensor.data_ptr() < file.data_ptr() + len(file)
+
+    def write_changes(self, model: nn.Module) -> None:
+        """Writes the weights of a model that lie in memory to a file and maps them from there; their values stay."""
+        fresh: dict[int, nn.Parameter] = {}
+        for parameter in model.parameters():
+            if parameter.device.type == "cpu" and not self._holds(parameter):
+                fresh[id(parameter)] = parameter
+        if not fresh:
+            return
+        self._folder.mkdir(exist_ok=True)
+        file = self._folder / f"{next(self._numbers)}.safetensors"
+        write({str(number): parameter.detach() for number, parameter in enumerate(fresh.values())}, file)
+        mapped = self.map(file)
+        for number, parameter in enumerate(fresh.values()):
+            parameter.data = mapped[str(number)]
+        for each in self._files:  # what was read to be cut, too
+            advise(each, mmap.MADV_DONTNEED)
+        give_back()
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Lets transformers save a model tensor by tensor, each given back when it is written."""
+        from transformers import modeling_utils
+
+        def save(tensors: Mapping[str, Tensor], file: Any, metadata: Mapping[str, str] | None = None) -> None:
+            write(tensors, Path(file), metadata, written=lambda tensor: self._advise(tensor, mmap.MADV_DONTNEED))
+
+        before = modeling_utils.safe_save_file
+        modeling_utils.safe_save_file = save
+        try:
+            yield
+        finally:
+            modeling_utils.safe_save_file = before

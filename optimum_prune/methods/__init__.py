@@ -1,1 +1,0 @@
-"""Built-in methods: every module here is a plugin, found by scanning this folder."""

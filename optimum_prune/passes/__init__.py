@@ -1,0 +1,1 @@
+"""What a step of a recipe is: it prunes, recovers, quantizes or exports."""

@@ -1,0 +1,87 @@
+"""What is checked of a recipe, a model and texts before a weight is read."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from optimum_prune.anatomy.shape import Shape
+from optimum_prune.errors import OutputError, RecipeError
+from optimum_prune.passes.base import Pass
+from optimum_prune.passes.checkpoint_spec import CheckpointSpec
+from optimum_prune.passes.folder import FolderPass
+from optimum_prune.text.windows import Texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def foresee(steps: Iterable[Pass], shape: Shape) -> tuple[Shape, ...]:
+    """The shape before the first pass and after each, from the options alone.
+
+    Raises:
+        RecipeError: a pass asks for more than a model of its shape has.
+    """
+    shapes = [shape]
+    for step in steps:
+        shapes.append(step.foresee(shapes[-1]))
+    return tuple(shapes)
+
+
+def check_conversions(steps: Iterable[FolderPass], spec: CheckpointSpec) -> None:
+    """Lets passes from folder to folder look at what they will get.
+
+    Raises:
+        RecipeError: one could not convert it.
+    """
+    for step in steps:
+        if spec.heterogeneous and not step.takes_heterogeneous:
+            raise RecipeError(
+                f"'{step.name}' cannot read a model whose layers differ in shape or lack a block, as the passes before it leave it. Prune every "
+                f"layer alike (osscar without `allocation: global` and `protect`; depth; block-pruner with `stock: true`), or leave "
+                f"'{step.name}' out."
+            )
+        if not step.takes_experts and any(layer.routed for layer in spec.shape.layers):
+            raise RecipeError(
+                f"'{step.name}' would leave the experts of this mixture as they are, and so most of its weights: it knows linear layers only. "
+                f"Leave '{step.name}' out."
+            )
+        step.check(spec)
+
+
+def check_texts(texts: Texts, config: PreTrainedConfig) -> None:
+    """Refuses token windows that are of another tokenizer than the model's.
+
+    Args:
+        config: of the decoder.
+
+    Raises:
+        RecipeError: the model does not know one of their tokens.
+    """
+    largest = max(
+        int(windows.tokens.max()) for windows in (texts.calibration, texts.evaluation) if windows is not None
+    )
+    if largest >= config.vocab_size:
+        raise RecipeError(
+            f"The text has the token {largest}, and the model knows {config.vocab_size}. Use the tokenizer that belongs to the model."
+        )
+
+
+def check_disk(folder: Path, needed: int) -> None:
+    """Refuses an output for which there is no room.
+
+    Args:
+        folder: one beside the output.
+        needed: bytes of the compressed model.
+
+    Raises:
+        OutputError: there are fewer.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"The compressed model takes {needed / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} GB left. Make room, or name an "
+            f"--output elsewhere."
+        )

@@ -1,0 +1,143 @@
+"""The model that is to be compressed, opened but not loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from optimum_prune.anatomy.counts import count_parameters
+from optimum_prune.anatomy.family import Family, find_family
+from optimum_prune.checkpoint import loading, opening, saving
+from optimum_prune.checkpoint.opening import meta_model
+from optimum_prune.errors import CheckpointError, RecipeError, reason
+from optimum_prune.machine.mapped_weights import MappedWeights
+from optimum_prune.machine.progress import Progress
+from optimum_prune.machine.tensor_files import weight_files
+from optimum_prune.plan.offloading import Room, Weights, stays_on_disk
+from optimum_prune.recipe import Settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The model that is to be compressed; opened, but loaded only when everything else is known to be right."""
+
+    name: str
+    source: str | None
+    """Its folder, Hub id or file, if it comes from one."""
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    load: Callable[[MappedWeights | None], PreTrainedModel]
+    """Loads it into memory, or maps it if there is a place for weights that stay on disk."""
+    companions: tuple[Path, ...] = ()
+    """Files that belong beside the weights, whatever is done to them."""
+    offloads: bool = False
+    """Whether its weights are to stay on disk."""
+    in_memory: bool = False
+    """Whether its weights are the caller's, so that nothing tells whether they were changed."""
+    mappable: bool = False
+    """Whether `load` can map it, as its files and its device are."""
+    resident: bool = True
+    """Whether loading it takes memory that the system cannot take back: tensors that no file is mapped to."""
+
+    @classmethod
+    def of_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ModelSource:
+        """A caller's model in memory, which is changed in place."""
+        name = model.name_or_path or type(model).__name__
+        return cls(name, name, model.config, tokenizer, lambda _: model.eval(), in_memory=True)
+
+
+def open_source(
+    settings: Settings,
+    progress: Progress,
+    *,
+    families: Iterable[Family] | None = None,
+    quantized: bool = False,
+    config_only: bool = False,
+) -> ModelSource:
+    """The model that settings name, opened.
+
+    Args:
+        families: those of which the model must be; any model will do if not given.
+        quantized: whether a model of packed weights will do.
+        config_only: whether nothing but its config is read, and it need have nothing else.
+
+    Raises:
+        RecipeError: they name none; or where its weights are to be, they cannot be.
+        CheckpointError: it cannot be opened.
+        FamilyError: it is of none of the families.
+    """
+    if settings.model is None:
+        raise RecipeError("No model is named. Give one with --model, or as 'model' in the recipe.")
+    opened = opening.open_checkpoint(settings.model, settings.trust_remote_code, quantized=quantized)
+    if families is not None:
+        find_family(opened.config, families)
+    device = device_of(settings)
+    weights = _weights(opened, settings.dtype)
+    offloads = stays_on_disk(settings.offload, weights, Room.around(device))
+    if offloads and not config_only:
+        weight_files(Path(opened.source))
+    return ModelSource(
+        opened.name,
+        opened.source,
+        opened.config,
+        tokenizer=None if config_only else opened.tokenizer(),
+        load=partial(loading.load, opened, settings.dtype, device, progress),
+        companions=() if config_only else opened.companions(),
+        offloads=offloads,
+        mappable=weights.mappable and device == "cpu",
+        resident=weights.converted or device != "cpu",
+    )
+
+
+def _weights(opened: opening.Checkpoint, dtype: str) -> Weights:
+    """What is known of the weights of a checkpoint before they are read."""
+    folder = Path(opened.source)
+    local = folder.is_dir() and opened.gguf_file is None
+    size = saving.bytes_on_disk(folder) if local else 0
+    own, chosen = opened.config.dtype, loading.dtype_of(opened.config, dtype)
+    packed = getattr(opened.config, "quantization_config", None) is not None
+    if not packed and size and own is not None:
+        size = size * chosen.itemsize // own.itemsize
+    elif not packed:  # they are yet to be fetched, or stored in a form that is not the one in which they are loaded
+        size = count_parameters(meta_model(opened.config, opened.trust_remote_code)).total * chosen.itemsize
+    return Weights(
+        opened.name,
+        size,
+        local=local,
+        mappable=local and _has_safetensors(folder),
+        converted=chosen != (own or chosen) or opened.gguf_file is not None,
+    )
+
+
+def _has_safetensors(folder: Path) -> bool:
+    """Whether a checkpoint's folder holds its weights as safetensors; one without any weights is taken to get such."""
+    try:
+        return bool(weight_files(folder))
+    except CheckpointError:
+        return saving.bytes_on_disk(folder) == 0
+
+
+def device_of(settings: Settings) -> str:
+    """The device to compute on.
+
+    Raises:
+        RecipeError: torch does not know it, or does not see it here.
+    """
+    if settings.device == "auto":
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return str(found) if found is not None else "cpu"
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise RecipeError(
+            f"The device '{settings.device}' cannot be used: {reason(error)} Use cpu, or a device that torch sees here."
+        ) from error
+    return settings.device

@@ -1,0 +1,1 @@
+"""New weights for what stays, in closed form."""

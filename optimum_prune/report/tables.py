@@ -1,0 +1,35 @@
+"""Tables of figures, for a terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+Row = tuple[str, str, str, str]
+"""The name of a figure, what it was before, what it is after, and the change."""
+
+
+def compared(name: str, before: float, after: float, show: Callable[[float], str]) -> Row:
+    """A row of a figure, with the change in percent of what it was before.
+
+    Args:
+        show: writes the figure.
+    """
+    percent = f"{100 * (after / before - 1):+.1f} %" if before else ""
+    return name, show(before), show(after), percent
+
+
+def aligned(rows: Sequence[Sequence[str]], right: bool = False) -> str:
+    """Rows as columns for a terminal; the columns after the first to the right if they are figures."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    sides = ["<", *(">" if right else "<" for _ in widths[1:])]
+    lines = [
+        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True))
+        for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A head and rows as a Markdown table."""
+    first, *rest = (f"| {' | '.join(row)} |" for row in (head, *rows))
+    return "\n".join([first, f"|{'---|' * len(head)}", *rest])

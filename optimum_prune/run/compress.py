@@ -1,0 +1,102 @@
+"""Compression: a recipe planned, then its plan carried out, to a checkpoint that was reloaded, measured and reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from optimum_prune.checkpoint.opening import length_limit
+from optimum_prune.errors import RecipeError
+from optimum_prune.hooks.plugins import Plugins
+from optimum_prune.hooks.plugins import load as load_plugins
+from optimum_prune.machine import processes
+from optimum_prune.machine.memory import Meter, give_back
+from optimum_prune.machine.progress import Progress
+from optimum_prune.plan.checks import check_disk, check_texts
+from optimum_prune.plan.plan import Plan, make_plan
+from optimum_prune.plan.source import ModelSource, open_source
+from optimum_prune.recipe import Recipe
+from optimum_prune.report.report import Report
+from optimum_prune.report.written import write_beside
+from optimum_prune.run.converting import convert_folders
+from optimum_prune.run.fingerprints import identity
+from optimum_prune.run.in_memory import change_in_memory
+from optimum_prune.run.output import check_output, hidden_output
+from optimum_prune.run.run import Run
+from optimum_prune.run.unfinished import Unfinished
+from optimum_prune.text.drawing import Reader, draw
+from optimum_prune.text.text import texts_to_use
+from optimum_prune.text.windows import Texts
+
+
+def compress(
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    source: ModelSource | None = None,
+    texts: Texts | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    hooks: Iterable[object] = (),
+    progress: Progress | None = None,
+) -> Report:
+    """Carries out a recipe and writes the compressed model, its report and its recipe to a folder.
+
+    Args:
+        recipe: what to do.
+        output: the folder; written elsewhere and moved into place when everything is done.
+        source: the model, instead of the one that the recipe's settings name.
+        texts: token windows, instead of those that the recipe describes.
+        overwrite: replace an output folder that exists.
+        resume: refuse to begin anew where a run that ended early is of another model, text or passes; one of the same goes on in any case.
+        hooks: objects with `before_pass` or `pass_finished` marked `@hookimpl`, such as a tracker.
+        progress: where to show progress; nowhere if not given.
+
+    Raises:
+        OptimumPruneError: whatever a user can mend; then there is no output folder. What was finished by then is kept beside it if
+            the same run, or its later passes mended, can go on from there; the message says where.
+    """
+    output = Path(output)
+    progress = progress if progress is not None and processes.first() else Progress()
+    plugins = load_plugins(hooks)
+    check_output(output, overwrite)
+    source = source or open_source(recipe.settings, progress, families=plugins.families)
+    with Meter() as meter, hidden_output(output, overwrite, source.source) as hidden:
+        plan = make_plan(recipe, plugins, source, texts)
+        texts = processes.broadcast_from_first(lambda: texts or _drawn(plan, plugins, progress))
+        give_back()  # tokenizing takes much more than tokens do
+        check_texts(texts, plan.config)
+        check_disk(hidden.folder, plan.disk)
+        unfinished = Unfinished(output, identity(plan, texts))
+        report = _carried_out(Run(plan, texts, plugins, hidden, unfinished, progress, meter), resume)
+        if processes.first():
+            resolved = replace(recipe, settings=replace(recipe.settings, model=source.name))
+            write_beside(hidden.result, resolved, report)
+    if processes.first():
+        unfinished.remove()
+    return processes.broadcast_from_first(lambda: report)
+
+
+def _drawn(plan: Plan, plugins: Plugins, progress: Progress) -> Texts:
+    """The token windows of the texts that a recipe names."""
+    recipe, source = plan.recipe, plan.source
+    if source.tokenizer is None:
+        raise RecipeError(
+            f"{source.name} has no tokenizer to read a text with. Give the windows of tokens themselves."
+        )
+    reader = Reader(source.tokenizer, plugins.sources, length_limit(plan.config))
+    on_hub = any(text.named and text.file is None for text in texts_to_use(recipe.calibration, recipe.evaluation))
+    with progress.libraries(datasets=on_hub):
+        return Texts(*draw(recipe.calibration, recipe.evaluation, reader, recipe.settings.seed))
+
+
+def _carried_out(run: Run, resume: bool) -> Report:
+    """The report of all passes, those included that an earlier run finished."""
+    report = processes.broadcast_from_first(lambda: run.found(resume))
+    with run.unfinished.errors_say_what_is_kept():
+        report = report or change_in_memory(run)
+        if processes.first():
+            with processes.alone():
+                report = convert_folders(run, report)
+    return replace(report, seconds=report.seconds + run.meter.seconds)

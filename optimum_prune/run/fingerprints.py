@@ -1,0 +1,68 @@
+"""Fingerprints of models, windows and weights, by which a run that goes on later knows that they are the same."""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from optimum_prune.machine import tensor_files
+from optimum_prune.plan.plan import Plan
+from optimum_prune.text.windows import Texts, Windows
+
+HEAD = 2**20
+"""How much of a file of weights its fingerprint reads; safetensors begin with the names and shapes of all."""
+
+
+def identity(plan: Plan, texts: Texts) -> dict[str, str | None]:
+    """What must be equal for a run to go on where another stopped, each by the word for it; None is equal to nothing."""
+    settings, source = plan.recipe.settings, plan.source
+    path = Path(source.name).expanduser()
+    if source.in_memory:
+        model = None
+    elif path.exists():
+        model = files_fingerprint(path)
+    else:
+        model = f"{source.name} {getattr(source.config, '_commit_hash', None)}"
+    return {
+        "the model": model,
+        "the calibration": windows_fingerprint(texts.calibration),
+        "the evaluation": windows_fingerprint(texts.evaluation),
+        "dtype, device or seed": f"{settings.dtype} {plan.device} {settings.seed}",
+        "the version of optimum-prune": version("optimum-prune"),
+    }
+
+
+def files_fingerprint(path: Path) -> str:
+    """The fingerprint of a weights file, or of a checkpoint's folder: of its files' names, sizes, times and beginnings."""
+    kinds = (".safetensors", ".bin", ".json", ".gguf")
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in kinds)
+    digest = hashlib.sha256()
+    for file in files:
+        about = file.stat()
+        digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns} ".encode())
+        with file.open("rb") as opened:
+            digest.update(opened.read(HEAD))
+    return digest.hexdigest()
+
+
+def windows_fingerprint(windows: Windows | None) -> str:
+    """The fingerprint of token windows."""
+    if windows is None:
+        return "none"
+    digest = hashlib.sha256(str(tuple(windows.tokens.shape)).encode())
+    digest.update(windows.tokens.cpu().numpy().tobytes())
+    digest.update(windows.mask.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tensor_fingerprint(tensor: Tensor) -> str:
+    """The fingerprint of a tensor: of its dtype, its shape and all its values."""
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    elements, at_once = tensor.detach().flatten(), tensor_files.CHUNK // tensor.element_size()
+    for start in range(0, len(elements), at_once):
+        digest.update(elements[start : start + at_once].view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,187 @@
+"""The journal of a run: what its passes have computed so far, kept on disk piece by piece, so that a killed run goes on where it was.
+
+A pass is carried out again from its beginning, on the model as it was loaded; but what it computed before it was killed, it is handed
+instead of computing it once more. So the journal knows nothing of what a pass does, and what comes out is the same to the bit.
+
+Each piece is a safetensors file: its tensors, and in its metadata what it is and the rest of it as JSON. Its name has its number and
+its digest, and it gets that name when it is whole. The first that is missing or damaged ends the journal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import safe_open
+from torch import Tensor
+
+from optimum_prune.calibration.calibration import Calibration
+from optimum_prune.machine import tensor_files
+from optimum_prune.surgery.cuts import Cuts, Decision
+
+T = TypeVar("T")
+NAME = re.compile(r"(\d+)-([0-9a-f]+)\.safetensors")
+DIGITS = 16
+"""Of a digest, in a file's name."""
+TENSOR, DECISION = "__tensor__", "__decision__"
+"""In the JSON, the keys of what JSON does not know."""
+DONE = "done"
+"""What the last piece of a pass is called."""
+
+
+class Journal:
+    """The pieces in a folder that exists, and those that are added to them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = list(_whole(folder))
+        for file in set(folder.iterdir()) - set(self._files):
+            if NAME.fullmatch(file.name):
+                file.unlink()
+        self._pieces = {_metadata(file)["what"]: file for file in self._files}
+        self._pass = ""
+        self._passes = 0
+        self._asked = Counter[str]()
+        self._latest: tuple[object, str] | None = None
+
+    def __len__(self) -> int:
+        """How many pieces there are."""
+        return len(self._files)
+
+    def once(self, what: str, compute: Callable[[], T]) -> T:
+        """What `compute` returns, kept before it is returned; or what was kept, if it was computed before.
+
+        Args:
+            what: its name; the second of a name is another piece than the first.
+            compute: must depend on nothing but the model, the text, the options and what was decided before.
+
+        Returns:
+            A decision, or plain data with tensors in it. What was kept has lists for tuples, and text for the keys of mappings.
+        """
+        self._asked[what] += 1
+        key = f"{self._pass}: {what} ({self._asked[what]})"
+        value = _read(self._pieces[key]) if key in self._pieces else self._keep(key, compute())
+        self._latest = value, key
+        return value
+
+    def decisions(self, name: str, decide: Callable[[], Iterable[Decision]]) -> Iterator[Decision]:
+        """The decisions of the next pass, each kept before it is carried out; of a pass that was done, without deciding again.
+
+        Args:
+            name: of the pass.
+        """
+        self._begin(name)
+        done = f"{self._pass}: {DONE}"
+        if done in self._pieces:
+            for key in _read(self._pieces[done]):
+                yield _read(self._pieces[key])
+            return
+        keys = []
+        for made in decide():
+            if self._latest is not None and made is self._latest[0]:  # the pass kept it itself
+                decision = made
+            else:
+                decision = self.once("decision", partial(_given, made))
+            assert self._latest is not None
+            keys.append(self._latest[1])
+            yield decision
+        self._keep(done, keys)
+
+    def result(self, name: str, carry_out: Callable[[], T]) -> T:
+        """What the next pass comes to, kept when it is done; of a pass that was done, without carrying it out again.
+
+        Args:
+            name: of the pass.
+            carry_out: returns what `once` can keep.
+        """
+        self._begin(name)
+        return self.once(DONE, carry_out)
+
+    def _begin(self, name: str) -> None:
+        """Keeps what follows as another pass's."""
+        self._passes += 1
+        self._pass, self._asked = f"{self._passes} {name}", Counter()
+
+    def _keep(self, key: str, value: T) -> T:
+        tensors: dict[str, Tensor] = {}
+        text = json.dumps(value, default=partial(_plain, tensors))
+        partial_file = self._folder / "partial"
+        tensor_files.write(tensors, partial_file, {"what": key, "value": text})
+        with partial_file.open("rb+") as opened:
+            os.fsync(opened.fileno())
+        place = self._folder / f"{len(self._files):06}-{_digest(partial_file)}.safetensors"
+        partial_file.replace(place)
+        self._files.append(place)
+        self._pieces[key] = place
+        return value
+
+
+def journal_of(calibration: Calibration) -> Journal | None:
+    """The journal that a run keeps for its passes; None if it keeps none."""
+    return calibration.journal if isinstance(calibration.journal, Journal) else None
+
+
+def _given(value: T) -> T:
+    return value
+
+
+def _whole(folder: Path) -> Iterator[Path]:
+    """The pieces in order, up to the first that is missing or damaged."""
+    found = sorted(file for file in folder.iterdir() if NAME.fullmatch(file.name))
+    for number, file in enumerate(found):
+        match = NAME.fullmatch(file.name)
+        assert match is not None
+        if int(match[1]) != number or match[2] != _digest(file):
+            return
+        yield file
+
+
+def _digest(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while piece := opened.read(tensor_files.CHUNK):
+            digest.update(piece)
+    return digest.hexdigest()[:DIGITS]
+
+
+def _metadata(file: Path) -> Mapping[str, str]:
+    with safe_open(file, "pt") as opened:
+        metadata: Mapping[str, str] = opened.metadata()
+    return metadata
+
+
+def _read(file: Path) -> Any:
+    """A piece as it was kept; its tensors are mapped from the file."""
+    with safe_open(file, "pt") as opened:
+
+        def restored(plain: dict[str, Any]) -> Any:
+            if TENSOR in plain:
+                return opened.get_tensor(plain[TENSOR])
+            if DECISION in plain:
+                cuts, weights, evidence = plain[DECISION]
+                return Decision(Cuts.from_json(cuts), weights, evidence)
+            return plain
+
+        return json.loads(opened.metadata()["value"], object_hook=restored)
+
+
+def _plain(tensors: dict[str, Tensor], value: object) -> Any:
+    """What JSON is to have in place of what it does not know; tensors are put aside."""
+    if isinstance(value, Tensor):
+        name = str(len(tensors))
+        tensors[name] = value
+        return {TENSOR: name}
+    if isinstance(value, Decision):
+        return {DECISION: [value.cuts.to_json(), dict(value.weights), dict(value.evidence)]}
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Iterable):
+        return list(value)
+    raise TypeError(f"A {type(value).__name__} cannot be kept: it is neither plain data nor a tensor nor a decision.")

@@ -1,0 +1,133 @@
+"""The models of a run: the one that its passes change, and the dense one beside it, which teaches."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from optimum_prune.anatomy.decoder import Decoder
+from optimum_prune.anatomy.family import Family
+from optimum_prune.checkpoint.loading import check_resident, check_rotary
+from optimum_prune.machine.activation_store import MappedActivations
+from optimum_prune.machine.mapped_weights import MappedWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from optimum_prune.plan.source import ModelSource
+
+
+class Models:
+    """How the model and its teacher are loaded, where their weights lie, and which of them both share.
+
+    Args:
+        source: where the model is from.
+        folder: for weights on disk that change.
+        teaches: whether the dense model will be asked for.
+    """
+
+    def __init__(self, source: ModelSource, family: Family, folder: Path, *, teaches: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._source = source
+        self._family = family
+        self._folder = folder
+        self._teaches = teaches
+        self._teacher: Decoder | None = None
+        self.weights = MappedWeights(folder / "changed") if source.offloads else None
+        """Where the model's weights are, if on disk."""
+
+    def load(self) -> Decoder:
+        """The model, loaded or mapped.
+
+        Raises:
+            SurgeryError: what could not be saved as it is.
+        """
+        model = self._source.load(self.weights)
+        check_resident(model, self._source.name)
+        check_rotary(model, self._source.name)
+        if self._teaches and self._source.in_memory:  # it is as it was only now
+            self._teacher = Decoder(sharing_copy(model), self._family)
+        return Decoder(model, self._family)
+
+    def teacher(self) -> Decoder:
+        """The dense model, opened again when it is first asked for: mapped from its files if it can be."""
+        if self._teacher is None:
+            weights = MappedWeights(self._folder / "dense") if self._source.mappable else None
+            self._teacher = Decoder(self._source.load(weights).requires_grad_(False), self._family)
+        return self._teacher
+
+    def let_teacher_go(self) -> None:
+        """Gives back what the dense model takes of memory."""
+        self._teacher = None
+
+    @contextmanager
+    def writable(self, decoder: Decoder) -> Iterator[dict[str, Tensor]]:
+        """Lets the weights of the model be written in place within a `with`: what also lies elsewhere gets storage of its own.
+
+        That is what the teacher shares, and what is mapped from files, where a write would be lost when a layer gives its memory back:
+        such weights are moved to files of their own that can be written, and their layers go on giving back their memory.
+
+        Yields:
+            What was there before, by the names of the parameters.
+        """
+        named = dict(decoder.model.named_parameters())
+        with ExitStack() as stack:
+            if self.weights is None:
+                shared = set() if self._teacher is None else _storages(self._teacher.model)
+                moved = {name: value.data for name, value in named.items() if _storage(value) in shared}
+                _move(named, {key: value.clone() for key, value in _by_place(moved).items()})
+            else:
+                moved = {name: value.data for name, value in named.items()}
+                store = MappedActivations(self._folder / "written", budget=0)
+                written = {key: store.store(value) for key, value in _by_place(moved).items()}
+                _move(named, written)
+                self.weights.release(decoder.model)
+                stack.callback(written.clear)  # the store knows them for as long as they are held here
+                for layer in decoder.modules:
+                    stack.callback(layer.register_forward_hook(partial(_released, store), always_call=True).remove)
+            yield moved
+
+
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a model that takes no memory: it shares every tensor, and goes on as it is when surgery puts others in their place."""
+    shared: dict[int, Any] = {id(old): nn.Parameter(old.detach(), requires_grad=False) for old in model.parameters()}
+    shared |= {id(buffer): buffer for buffer in model.buffers()}
+    return copy.deepcopy(model, shared)
+
+
+def _released(store: MappedActivations, layer: nn.Module, *_: object) -> None:
+    """Gives back the memory of a layer that has run."""
+    store.release(*(value.data for value in layer.parameters()))
+
+
+Place = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""Address, shape and strides of a tensor: those that are equal in them are one."""
+
+
+def _place(value: Tensor) -> Place:
+    return value.data_ptr(), tuple(value.shape), value.stride()
+
+
+def _by_place(tensors: dict[str, Tensor]) -> dict[Place, Tensor]:
+    """Each of several tensors once."""
+    return {_place(value): value for value in tensors.values()}
+
+
+def _move(parameters: dict[str, nn.Parameter], moved: dict[Place, Tensor]) -> None:
+    """Lets parameters be where tensors were moved; what is tied stays so."""
+    for parameter in parameters.values():
+        parameter.data = moved.get(_place(parameter), parameter.data)
+
+
+def _storage(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
+
+
+def _storages(model: nn.Module) -> set[int]:
+    return {_storage(value) for value in model.parameters()}

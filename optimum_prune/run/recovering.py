@@ -1,0 +1,128 @@
+"""Passes that recover, carried out on the model in memory: weights get new values, and no shape changes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from optimum_prune.anatomy.decoder import Decoder
+from optimum_prune.calibration.calibration import Calibration
+from optimum_prune.errors import NumericalError, SurgeryError
+from optimum_prune.hooks.plugins import Plugins
+from optimum_prune.machine import processes
+from optimum_prune.machine.memory import Meter
+from optimum_prune.options import as_plain
+from optimum_prune.passes.evidence import plain_evidence
+from optimum_prune.passes.outcome import Outcome
+from optimum_prune.passes.recover import RecoverPass
+from optimum_prune.run.fingerprints import tensor_fingerprint
+from optimum_prune.run.journal import journal_of
+from optimum_prune.run.models import Models
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+def recover(
+    step: RecoverPass, decoder: Decoder, calibration: Calibration, plugins: Plugins, models: Models
+) -> Outcome:
+    """Carries out one pass that recovers on a model, in place.
+
+    The journal keeps the weights that it changed, and a run that goes on behind it puts them in.
+
+    Raises:
+        SurgeryError: the pass changed more than values.
+        NumericalError: a value is not finite.
+    """
+    if processes.first():
+        plugins.manager.hook.before_pass(step=step, model=decoder.model)
+    journal, carry_out = journal_of(calibration), partial(_recovered, step, decoder, calibration, models)
+    with Meter() as meter:
+        found = carry_out() if journal is None else journal.result(step.name, carry_out)
+        _put_in(decoder.model, found["weights"], models)
+    outcome = Outcome(
+        step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, evidence=(found["evidence"],)
+    )
+    if processes.first():
+        plugins.manager.hook.pass_finished(outcome=outcome)
+    return outcome
+
+
+def _recovered(
+    step: RecoverPass, decoder: Decoder, calibration: Calibration, models: Models
+) -> dict[str, Mapping[str, Any]]:
+    """The weights that a pass changed, by name, as they lie in the model afterwards; and its evidence."""
+    model = decoder.model
+    teacher = models.teacher() if step.needs_teacher else decoder
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    before = _values(model, models)
+    with models.writable(decoder) as moved:
+        evidence = step.recover(decoder, teacher, calibration)
+    after = _values(model, models)
+    _check_kinds(step, before, after)
+    parameters = dict(model.eval().named_parameters())
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(trained[name]).grad = None
+    changed = {name: value.detach() for name, value in parameters.items() if after[name] != before[name]}
+    _check_finite(step, changed)
+    for name in moved.keys() - changed.keys():
+        parameters[name].data = moved[name]
+    processes.agreed({name: after[name].fingerprint for name in changed})
+    return {"weights": changed, "evidence": plain_evidence(evidence, step.name)}
+
+
+class _Values(NamedTuple):
+    """What a parameter is: two that are equal in this have the same values."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fingerprint: str
+
+
+def _values(model: PreTrainedModel, models: Models) -> dict[str, _Values]:
+    """What each parameter of a model is, by name."""
+    found = {
+        name: _Values(tuple(value.shape), value.dtype, tensor_fingerprint(value))
+        for name, value in model.named_parameters()
+    }
+    if models.weights is not None:
+        models.weights.release(model)
+    return found
+
+
+def _check_kinds(step: RecoverPass, before: Mapping[str, _Values], after: Mapping[str, _Values]) -> None:
+    """Refuses parameters that came, went, or are of another shape or dtype."""
+    others = sorted(name for name in {**before, **after} if before.get(name, ())[:2] != after.get(name, ())[:2])
+    if others:
+        name = others[0]
+        was, is_now = (
+            f"{values[name].dtype} {values[name].shape}" if name in values else "not there"
+            for values in (before, after)
+        )
+        raise SurgeryError(
+            f"The pass '{step.name}' may give weights new values only, and '{name}' was {was} before it and is {is_now} now. Please report it."
+        )
+
+
+def _check_finite(step: RecoverPass, weights: Mapping[str, Tensor]) -> None:
+    for name, value in weights.items():
+        if value.numel() and not torch.stack(torch.aminmax(value)).isfinite().all():
+            raise NumericalError(
+                f"The pass '{step.name}' gave '{name}' values that are not finite. Let it change weights less, or compute in bfloat16 or "
+                f"float32 instead of float16."
+            )
+
+
+def _put_in(model: PreTrainedModel, weights: Mapping[str, Tensor], models: Models) -> None:
+    """Gives a model the weights that a pass made, which may be there already, and lets them lie where the model's do."""
+    on_disk = models.weights is not None
+    for name, value in weights.items():
+        parameter = model.get_parameter(name)
+        if parameter.data_ptr() != value.data_ptr():  # they come from the journal, and are mapped from its files
+            parameter.data = value.to(parameter.device, copy=not on_disk)
+    if models.weights is not None:
+        models.weights.write_changes(model)

@@ -1,0 +1,96 @@
+"""A run: a plan while it is carried out, and what its parts have in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from optimum_prune.calibration.calibration import Calibration, NoJournal, Once
+from optimum_prune.hooks.plugins import Plugins
+from optimum_prune.machine import processes
+from optimum_prune.machine.activation_store import ActivationStore, InMemory, MappedActivations
+from optimum_prune.machine.memory import Meter
+from optimum_prune.machine.progress import Progress
+from optimum_prune.options import as_plain
+from optimum_prune.passes.base import Pass
+from optimum_prune.plan.plan import Plan
+from optimum_prune.recipe import Recipe, Settings
+from optimum_prune.report.report import Report
+from optimum_prune.run.output import HiddenOutput
+from optimum_prune.run.unfinished import Unfinished
+from optimum_prune.text.windows import Texts
+
+
+@dataclass(frozen=True)
+class Run:
+    """A plan, the texts that were drawn for it, and where what comes of it is written."""
+
+    plan: Plan
+    texts: Texts
+    plugins: Plugins
+    output: HiddenOutput
+    unfinished: Unfinished
+    progress: Progress
+    meter: Meter
+    """That measures the whole run."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that is carried out."""
+        return self.plan.recipe
+
+    @property
+    def settings(self) -> Settings:
+        """Those of the recipe."""
+        return self.plan.recipe.settings
+
+    def folder(self, name: str) -> Path:
+        """The path of a folder for this process, gone when the run ends."""
+        return self.output.folder / f"{name}-{processes.rank()}"
+
+    def calibration(self) -> Calibration:
+        """What the passes on the model in memory choose by, with the journal of what they compute."""
+        return Calibration(self.texts.calibration, self._activations(), self.progress, self._journal())
+
+    def _journal(self) -> Once:
+        if processes.size() > 1:  # each would have to read the same, piece by piece
+            return NoJournal()
+        journal = self.unfinished.journal(described(self.recipe.in_memory))
+        return NoJournal() if journal is None else journal
+
+    def _activations(self) -> ActivationStore:
+        budget = self.plan.activation_budget
+        return InMemory() if budget == math.inf else MappedActivations(self.folder("activations"), int(budget))
+
+    def found(self, resume: bool) -> Report | None:
+        """The report of what an earlier run finished, whose checkpoint becomes the result so far.
+
+        Args:
+            resume: whether to refuse to begin anew where another run ended early.
+        """
+        found = self.unfinished.find(described(self.recipe.passes), resume)
+        if resume and not self.unfinished.folder.exists():
+            self.progress.say(f"There is nothing to go on from at {self.unfinished.folder} yet; beginning.")
+        if found is None or found.passes < len(self.recipe.in_memory):
+            return None
+        self.output.result = found.checkpoint
+        report = Report.from_state(found.facts)
+        self.progress.say(
+            f"Going on from {found.checkpoint}, where {', '.join(step.name for step in report.passes)} are done."
+        )
+        return report
+
+    def keep(self, report: Report) -> None:
+        """Keeps the result so far, if the recipe goes on behind it."""
+        if self.recipe.conversions:
+            done = [(outcome.name, outcome.options) for outcome in report.passes]
+            spent = replace(report, seconds=report.seconds + self.meter.seconds)
+            self.output.result = self.unfinished.save(self.output.result, done, spent.to_state())
+
+
+def described(steps: Sequence[Pass]) -> list[tuple[str, dict[str, Any]]]:
+    """Names and options of passes."""
+    return [(step.name, as_plain(step)) for step in steps]

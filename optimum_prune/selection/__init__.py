@@ -1,0 +1,1 @@
+"""What should go: scores, searches, targets, budgets."""

@@ -1,0 +1,99 @@
+"""What a change of one layer costs a model, measured as the divergence of its predictions from those of the model as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD, Shape
+from optimum_prune.anatomy.workload import Cost, Workload
+from optimum_prune.calibration.stream import Batch, logits, run_layers
+from optimum_prune.calibration.visit import observed_memory
+from optimum_prune.evaluation.losses import Reference, losses_cost
+from optimum_prune.machine import processes
+from optimum_prune.surgery.operation import changed_layer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from optimum_prune.anatomy.decoder import Decoder
+    from optimum_prune.calibration.calibration import Calibration
+    from optimum_prune.calibration.visit import LayerVisit
+    from optimum_prune.surgery.cuts import Decision
+    from optimum_prune.text.windows import Windows
+
+HELD_OUT = 4
+"""Windows on which costs are measured, at most: nothing is fitted to them."""
+LENGTH = 512
+"""Tokens of such a window that are used, at most."""
+STRIDE = 2
+"""Predictions are compared at every second token: neighbours tell nearly the same, and the head is dear."""
+
+
+def split(windows: Windows) -> tuple[Windows, Windows]:
+    """Windows to fit to, and others to measure on; with a single window, it serves for both."""
+    held_out = min(HELD_OUT, max(len(windows) // 4, 1))
+    fitted = slice(0, max(len(windows) - held_out, 1))
+    return windows.part(fitted), windows.part(slice(len(windows) - held_out, None), slice(LENGTH))
+
+
+class Divergence:
+    """How far a model's predictions diverge from its own once one of its layers is changed, in nats for each token."""
+
+    @torch.no_grad()
+    def __init__(self, decoder: Decoder, calibration: Calibration) -> None:
+        self._decoder = decoder
+        self._layers = range(len(decoder))
+        self._tokens = int(calibration.mask[:, ::STRIDE].sum())
+        self._ends = [run_layers(decoder, batch, hidden, self._layers) for batch, hidden in calibration.embed(decoder)]
+
+    @torch.no_grad()
+    def of(self, visit: LayerVisit, decisions: Sequence[Decision]) -> list[float]:
+        """What each decision about the visited layer would cost; nothing is changed."""
+        totals = [0.0] * len(decisions)
+        layers = [changed_layer(self._decoder, decision, visit.index) for decision in decisions]
+        for (batch, hidden), end in zip(visit.stream, self._ends, strict=True):
+            ends = [self._run(batch, layer, visit.index, hidden) for layer in layers]
+            for pieces in zip(*(self._logits(batch, each) for each in (end, *ends)), strict=True):
+                reference = Reference(pieces[0])
+                totals = [total + reference.divergence(piece) for total, piece in zip(totals, pieces[1:], strict=True)]
+        return [total / self._tokens for total in processes.all_sums(totals)]
+
+    def _logits(self, batch: Batch, hidden: Tensor) -> Iterator[Tensor]:
+        """Window by window, where tokens count."""
+        strided = Batch(batch.tokens[:, ::STRIDE], batch.mask[:, ::STRIDE], ())
+        for one, part in strided.split(hidden[:, ::STRIDE]):
+            yield logits(self._decoder, one, part)[one.mask]
+
+    def _run(self, batch: Batch, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+        behind = batch.run(layer, index, hidden)
+        return run_layers(self._decoder, batch, behind, self._layers[index + 1 :])
+
+
+def trial_workloads(work: Workload) -> tuple[Workload, Workload]:
+    """The workloads of the windows to fit to, and of those to measure on."""
+    few = work.on(min(HELD_OUT, work.windows), min(LENGTH, work.length))
+    return replace(work, windows=max(work.windows - few.windows, 1)), few
+
+
+def trial_cost(
+    fitted: Workload, few: Workload, shape: Shape, index: int, decisions: Sequence[tuple[Cost, int]]
+) -> Cost:
+    """What it takes to measure a layer once it is changed.
+
+    Args:
+        decisions: what it takes to make one of several decisions of a kind, and how many there are of it.
+    """
+    layer, behind = shape.layers[index], shape.layers[index + 1 :]
+    costs = [fitted.run(layer, fitted.tokens)]
+    for cost, number in decisions:
+        count = number + 1
+        copies = count * (fitted.layer(layer) + fitted.itemsize * fitted.hidden * layer.width(FEED_FORWARD))
+        runs = few.run_all(behind, few.tokens, count)
+        runs = runs.followed_by(losses_cost(few, few.tokens / STRIDE, few.length, count))
+        observed = observed_memory(fitted, layer, ATTENTION)
+        costs += [cost.times(number), runs.with_memory(copies + observed)]
+    return replace(Cost().followed_by(*costs), left=0.0)

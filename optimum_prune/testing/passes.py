@@ -1,0 +1,56 @@
+"""The check of a pass that works on a model in memory: what it foresees comes out, the same each time, and reloads."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch.testing import assert_close
+
+from optimum_prune.anatomy.decoder import Decoder
+from optimum_prune.calibration.calibration import Calibration
+from optimum_prune.hooks.plugins import Plugins, load
+from optimum_prune.passes.outcome import Outcome
+from optimum_prune.passes.prune import PrunePass
+from optimum_prune.run.pruning import prune
+from optimum_prune.testing.models import generates_as_it_scores, logits, random_windows, reloads_exactly
+from optimum_prune.text.windows import Windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def pruned(step: PrunePass, decoder: Decoder, windows: Windows, plugins: Plugins) -> Outcome:
+    """A pruning pass carried out on a model in place, as a run does it."""
+    return prune(step, decoder, Calibration(windows), plugins)
+
+
+def check_pass(step: PrunePass, model: PreTrainedModel, folder: Path) -> Outcome:
+    """Checks a pruning pass on a small model in float32, which stays as it is.
+
+    It must leave what it foresees, decide the same each time, and leave a model that reloads with the very same logits and
+    generates as it scores.
+
+    Args:
+        folder: an empty folder for a checkpoint.
+
+    Raises:
+        AssertionError: it does not.
+        OptimumPruneError: it cannot be carried out on this model.
+    """
+    plugins = load()
+    windows = random_windows(model.config.get_text_config().vocab_size)
+    outcomes, models = [], []
+    for _ in range(2):
+        decoder = Decoder.of(copy.deepcopy(model).eval(), plugins.families)
+        foreseen = step.foresee(decoder.shape())
+        outcomes.append(pruned(step, decoder, windows, plugins))
+        models.append(decoder.model)
+        if step.foresees_layers:
+            left = len(decoder)
+            assert left == len(foreseen.layers), f"{left} layers are left, and {len(foreseen.layers)} were foreseen."
+    assert outcomes[0].cuts == outcomes[1].cuts, "It decides another way each time."
+    assert_close(logits(models[0], windows), logits(models[1], windows), rtol=0, atol=0)
+    generates_as_it_scores(reloads_exactly(models[0], folder, windows), windows)
+    return outcomes[0]

@@ -1,0 +1,73 @@
+"""Token windows, and the share of them that each process takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optimum_prune.machine.processes import rank, size
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows of one length."""
+
+    tokens: Int[Tensor, "windows length"]
+    mask: Bool[Tensor, "windows length"]
+    """False where a token is padding, which no statistic and no loss counts."""
+    source: str
+    """Where the text is from."""
+    bos: bool = False
+    """Whether each window begins with the beginning-of-sequence token."""
+
+    @classmethod
+    def from_tokens(
+        cls, tokens: Int[Tensor, "windows length"], source: str = "given tokens", bos: bool = False
+    ) -> Windows:
+        """Windows without padding."""
+        return cls(tokens, torch.ones_like(tokens, dtype=torch.bool), source, bos)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        return self.tokens.shape[1]
+
+    def part(self, rows: slice | Tensor, tokens: slice = slice(None)) -> Windows:
+        """Some of the windows, and of each some of its tokens."""
+        return replace(self, tokens=self.tokens[rows, tokens], mask=self.mask[rows, tokens])
+
+    def batches(self, size: int) -> list[tuple[Int[Tensor, "w length"], Bool[Tensor, "w length"]]]:
+        """Tokens and masks of as many windows at a time as have about `size` tokens; at least one."""
+        windows = max(1, size // self.length)
+        starts = range(0, len(self), windows)
+        return [(self.tokens[start : start + windows], self.mask[start : start + windows]) for start in starts]
+
+    def share(self) -> Windows:
+        """The windows that are for this process: one of so many as there are processes. None, if there are fewer windows."""
+        return self if size() == 1 else self.part(slice(rank(), None, size()))
+
+    def unpadded(self) -> Windows | None:
+        """The windows without padding, which runtimes take; None if all have some."""
+        whole = self.mask.all(dim=1)
+        return self.part(whole) if whole.any() else None
+
+    def describe(self, seed: int) -> dict[str, Any]:
+        """Where they are from, how many and how long, for the report."""
+        return {"text": self.source, "windows": len(self), "length": self.length, "bos": self.bos, "seed": seed}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What passes choose by, and what is reported on."""
+
+    calibration: Windows
+    evaluation: Windows | None
