@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import tiny
 
-from optimum_prune.anatomy import find_family
-from optimum_prune.plugins import Plugins, load
+from optimum_prune.anatomy.decoder import Decoder
+from optimum_prune.hooks.plugins import Plugins, load
 
 torch.set_num_threads(1)
 if (
@@ -31,10 +31,9 @@ def plugins() -> Plugins:
 
 
 @pytest.fixture
-def subject(name: str, plugins: Plugins):
-    """A tiny model of the family that a test's parameter names, and the family."""
-    model = tiny.model(name)
-    return model, find_family(model.config, plugins.families)
+def decoder(name: str, plugins: Plugins) -> Decoder:
+    """A tiny model of the family that a test's parameter names, with the family."""
+    return Decoder.of(tiny.model(name), plugins.families)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from optimum_prune import FolderPass, Job, Prospect, Runtime, Stage, hookimpl, open_in_transformers, option
+from optimum_prune import CheckpointSpec, FolderPass, Job, Runtime, Stage, hookimpl, open_in_transformers, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,18 +19,16 @@ class Halve(FolderPass):
 
     name: ClassVar[str] = "halve"
     stage: ClassVar[Stage] = Stage.QUANTIZE
-    takes_odd: ClassVar[bool] = True
+    takes_heterogeneous: ClassVar[bool] = True
     usual_tolerance: ClassVar[float] = 0.2
-    group_size: int = option("Weights of a group.", 1)
+    group_size: int = option("Weights of a group.", 1, at_least=1)
 
-    def check(self, prospect: Prospect) -> None:
-        prospect.check_groups(self.group_size, self.name)
+    def check(self, spec: CheckpointSpec) -> None:
+        spec.check_groups(self.group_size, self.name)
 
     def convert(self, job: Job) -> Mapping[str, Any]:
         model = open_in_transformers(job.source, "cpu").model
         model.to(torch.bfloat16).save_pretrained(job.target)
-        for file in job.source.glob("*token*"):
-            shutil.copy(file, job.target)
         return {
             "layers": model.config.num_hidden_layers,
             "windows": len(job.calibration.tokens),
@@ -52,7 +49,7 @@ class Archive(FolderPass):
     usual_tolerance: ClassVar[float] = 0.05
     fail: Literal["", "raise", "end", "noise", "interrupt"] = option("How to fail.", "")
 
-    def check(self, prospect: Prospect) -> None:
+    def check(self, spec: CheckpointSpec) -> None:
         """Takes anything."""
 
     def convert(self, job: Job) -> Mapping[str, Any]:

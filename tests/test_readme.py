@@ -6,7 +6,7 @@ import pytest
 from optimum_prune import Recipe
 from optimum_prune.cli.readme import filled_in
 from optimum_prune.errors import PluginError, RecipeError
-from optimum_prune.plugins import load
+from optimum_prune.hooks.plugins import load
 
 ROOT = Path(__file__).parent.parent
 

@@ -54,7 +54,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from optimum_prune.calibration import Calibration
+from optimum_prune.text.windows import Windows
 
 VOCABULARY = 320
 LAYERS = 6
@@ -255,6 +255,13 @@ def model(family: str, seed: int = 0) -> PreTrainedModel:
     return built
 
 
+def in_double(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in float64, in place: what is the same in exact numbers is the same to 1e-9, on any machine."""
+    if hasattr(model.config.get_text_config(), "num_experts_per_tok"):
+        model.set_experts_implementation("eager")  # experts are multiplied in groups by kernels that take no float64
+    return model.double()
+
+
 def text(words: int = 4000, seed: int = 0) -> str:
     """Sentences of invented words, the frequent ones short, each seed with words of its own."""
     rng = random.Random(seed)
@@ -287,7 +294,7 @@ def tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
-def windows(count: int = 5, length: int = 24, seed: int = 0, padded: bool = False) -> Calibration:
+def windows(count: int = 5, length: int = 24, seed: int = 0, padded: bool = False) -> Windows:
     """Random tokens; `padded` gives every other window padding, in turn at its end and at its beginning."""
     tokens = torch.randint(3, VOCABULARY - 4, (count, length), generator=torch.Generator().manual_seed(seed))
     mask = torch.ones_like(tokens, dtype=torch.bool)
@@ -297,7 +304,7 @@ def windows(count: int = 5, length: int = 24, seed: int = 0, padded: bool = Fals
             mask[row, :size] = False
             mask[row] = mask[row] if row % 4 else mask[row].flip(0)
         tokens[~mask] = PAD
-    return Calibration(tokens, mask, "random tokens")
+    return Windows(tokens, mask, "random tokens")
 
 
 def save(family: str, folder: Path, *, bos: bool = True, seed: int = 0, **saving: Any) -> Path:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from optimum_prune.statistics import Gram
+from optimum_prune.calibration.statistics import Gram
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""Passes from folder to folder: what they write is run and judged, here or in another interpreter, and what was done before is kept."""
+"""Passes from folder to folder: what they write is run and judged, here or in another interpreter."""
 
 import json
 import os
@@ -12,39 +12,17 @@ import tiny
 import torch
 from folder_passes import Archive, Halve
 
-from optimum_prune import Depth, Osscar, Pruner, Recipe, Settings, Text, compress, hookimpl, load_model
-from optimum_prune.errors import OutputError, PassError, RecipeError, VerificationError
-from optimum_prune.methods.block_pruner import BlockPruner
-from optimum_prune.progress import Progress
-from optimum_prune.runtime import Expected, TransformersRuntime, compare
+from optimum_prune import Depth, Osscar, Pruner, Text, compress, load_model
+from optimum_prune.builtin.prune.block_pruner import BlockPruner
+from optimum_prune.errors import PassError, RecipeError, VerificationError
+from optimum_prune.evaluation.comparison import ReferenceOutputs, compare
+from optimum_prune.evaluation.runtime import TransformersRuntime
 
 STAND_INS = "#!/bin/sh\necho nonsense\n"
 
 
-@pytest.fixture
-def recipe(llama, text_file):
-    def recipe(*passes, **settings):
-        return Recipe(
-            passes=passes,
-            calibration=Text(text=str(text_file), samples=6, length=24),
-            evaluation=Text(samples=4),
-            settings=Settings(model=str(llama), device="cpu", **settings),
-        )
-
-    return recipe
-
-
-def names(folder):
-    return sorted(entry.name for entry in folder.iterdir())
-
-
-def artefacts(folder):
-    report = json.loads((folder / "compression/report.json").read_text())
-    return {step["name"]: step["artefact"] for step in report["passes"] if "artefact" in step}
-
-
 class TestWhatAPassWrote:
-    def test_is_run_and_reported(self, recipe, tmp_path):
+    def test_is_run_and_reported(self, recipe, tmp_path, artefacts):
         report = compress(recipe(Depth(layers=1), Halve(), Archive()), tmp_path / "out")
         found = artefacts(tmp_path / "out")
         assert found["halve"]["folder"] == "."
@@ -72,13 +50,13 @@ class TestWhatAPassWrote:
         assert report.parameters.after == load_model(tmp_path / "out").num_parameters()
         assert report.bytes.after == pytest.approx(report.parameters.after * 2, rel=0.2)
 
-    def test_is_run_on_windows_without_padding(self, llama, tmp_path):
+    def test_is_run_on_windows_without_padding(self, llama, tmp_path, artefacts):
         windows = tiny.windows(6, padded=True)
         pruner = Pruner.from_pretrained(llama, device="cpu")
         pruner.prune(Archive(), calibration=windows, evaluation=windows, save_dir=tmp_path / "out")
         assert artefacts(tmp_path / "out")["archive"]["perplexity"] > 1
 
-    def test_is_exported_even_without_any_evaluation(self, recipe, tmp_path):
+    def test_is_exported_even_without_any_evaluation(self, recipe, tmp_path, artefacts):
         compress(replace(recipe(Archive()), evaluation=Text(samples=0)), tmp_path / "out")
         assert artefacts(tmp_path / "out")["archive"]["perplexity"] is None
 
@@ -92,7 +70,7 @@ class Broken(TransformersRuntime):
 
 def test_generation_that_does_not_follow_from_the_logits_is_seen(llama):
     whole = TransformersRuntime(load_model(llama))
-    expected = Expected.of(whole, tiny.windows(4, 32).tokens)
+    expected = ReferenceOutputs.of(whole, tiny.windows(4, 32).tokens)
     assert compare(whole, expected).with_cache == 0
     assert compare(whole, expected).same_tokens == 16
     assert compare(Broken(whole.model), expected).with_cache > 0.1
@@ -106,7 +84,7 @@ class TestWhatCannotBeDone:
         def load(*_, **__):
             raise AssertionError("weights were read")
 
-        monkeypatch.setattr("optimum_prune.checkpoint.load", load)
+        monkeypatch.setattr("optimum_prune.checkpoint.loading.load", load)
 
     def test_groups_that_do_not_divide_the_pruned_width(self, recipe, tmp_path):
         steps = Osscar(ratio=0.25, multiple_of=20), Halve(group_size=16)
@@ -151,7 +129,7 @@ class TestWhatCannotBeDone:
 
 
 class TestAnotherInterpreter:
-    def test_writes_the_same(self, recipe, tmp_path, capfd):
+    def test_writes_the_same(self, recipe, tmp_path, capfd, artefacts):
         here, there = recipe(Halve(), Archive()), recipe(Halve(python=sys.executable), Archive(python=sys.executable))
         compress(here, tmp_path / "here")
         compress(there, tmp_path / "there")
@@ -188,108 +166,15 @@ class TestAnotherInterpreter:
         assert not (tmp_path / "out").exists()
 
     def test_cannot_run_what_is_defined_in_a_script(self, recipe, tmp_path, monkeypatch):
+        steps = recipe(Archive(python=sys.executable))
         monkeypatch.setattr(Archive, "__module__", "__main__")
         with pytest.raises(RecipeError, match=r"defined in __main__"):
-            compress(recipe(Archive(python=sys.executable)), tmp_path / "out")
-
-
-class Heard:
-    def __init__(self):
-        self.names = []
-
-    @hookimpl
-    def before_pass(self, step, model):
-        self.names.append(step.name)
-
-
-class TestARunThatFailsLate:
-    def fail(self, recipe, folder, *steps, kind=PassError):
-        with pytest.raises(kind) as raised:
-            compress(recipe(*steps), folder)
-        return str(raised.value)
-
-    def test_keeps_the_checkpoint_and_says_where(self, recipe, tmp_path):
-        message = self.fail(recipe, tmp_path / "out", Depth(layers=1), Halve(), Archive(fail="raise"))
-        assert names(tmp_path) == ["out.unfinished"]
-        (kept,) = [entry for entry in (tmp_path / "out.unfinished").iterdir() if entry.is_dir()]
-        assert f"The checkpoint after depth, halve is kept in {kept}; the same command" in message
-        assert load_model(kept).dtype == torch.bfloat16
-
-    @pytest.mark.parametrize("fail", ["raise", "noise"])
-    def test_goes_on_from_there_and_ends_as_if_nothing_had_happened(self, recipe, tmp_path, fail):
-        kind = PassError if fail == "raise" else VerificationError
-        self.fail(recipe, tmp_path / "out", Depth(layers=1), Halve(), Archive(fail=fail), kind=kind)
-        heard = Heard()
-        report = compress(recipe(Depth(layers=1), Halve(), Archive()), tmp_path / "out", hooks=[heard], resume=True)
-        assert heard.names == ["archive"]
-        whole = compress(recipe(Depth(layers=1), Halve(), Archive()), tmp_path / "whole")
-        assert names(tmp_path) == ["out", "whole"]
-        for file in (tmp_path / "whole").rglob("*.safetensors"):
-            assert (tmp_path / "out" / file.relative_to(tmp_path / "whole")).read_bytes() == file.read_bytes()
-        assert [step.cuts for step in report.passes] == [step.cuts for step in whole.passes]
-        assert report.perplexity.after.value == whole.perplexity.after.value
-        assert report.to_dict().keys() == whole.to_dict().keys()
-
-    def test_is_begun_anew_for_another_recipe_and_told_so_if_it_is_to_be_resumed(self, recipe, tmp_path, text_file):
-        self.fail(recipe, tmp_path / "out", Depth(layers=1), Archive(fail="raise"))
-        with pytest.raises(RecipeError, match=r"the options of its passes changed"):
-            compress(recipe(Depth(layers=2), Archive()), tmp_path / "out", resume=True)
-        other = replace(
-            recipe(Depth(layers=1), Archive()), calibration=Text(text=str(text_file), samples=5, length=24)
-        )
-        with pytest.raises(RecipeError, match=r"the calibration.* changed"):
-            compress(other, tmp_path / "out", resume=True)
-        heard = Heard()
-        compress(recipe(Depth(layers=2), Archive()), tmp_path / "out", hooks=[heard])
-        assert heard.names == ["depth", "archive"]
-        assert names(tmp_path) == ["out"]
-
-    def test_begins_where_there_is_none(self, recipe, tmp_path, capsys):
-        compress(recipe(Depth(layers=1)), tmp_path / "out", resume=True, progress=Progress(output=True))
-        assert "There is nothing to go on from" in capsys.readouterr().err
-        assert names(tmp_path) == ["out"]
-
-    def test_of_a_model_in_memory_is_never_taken_up(self, llama, tmp_path):
-        windows = tiny.windows(4)
-        pruner = Pruner.from_pretrained(load_model(llama))
-        with pytest.raises(PassError, match=r"kept in"):
-            pruner.prune(Archive(fail="raise"), calibration=windows, save_dir=tmp_path / "out")
-        with pytest.raises(RecipeError, match=r"the model changed"):
-            pruner.prune(Archive(), calibration=windows, save_dir=tmp_path / "out", resume=True)
-
-    def test_keeps_its_checkpoint_when_it_is_interrupted(self, recipe, tmp_path):
-        with pytest.raises(KeyboardInterrupt, match=r"The checkpoint after depth is kept in"):
-            compress(recipe(Depth(layers=1), Archive(fail="interrupt")), tmp_path / "out")
-        assert names(tmp_path) == ["out.unfinished"]
-
-    def test_of_pruning_alone_leaves_nothing(self, recipe, tmp_path, monkeypatch):
-        def verify(*_):
-            raise VerificationError("No.")
-
-        monkeypatch.setattr("optimum_prune.checkpoint.verify", verify)
-        with pytest.raises(VerificationError, match=r"^No\.$"):
-            compress(recipe(Depth(layers=1), Archive()), tmp_path / "out")
-        assert names(tmp_path) == []
-
-    def test_with_a_damaged_state_is_begun_anew(self, recipe, tmp_path):
-        self.fail(recipe, tmp_path / "out", Depth(layers=1), Archive(fail="raise"))
-        (tmp_path / "out.unfinished/state.json").write_text('{"identity": {}, "pas')
-        heard = Heard()
-        compress(recipe(Depth(layers=1), Archive()), tmp_path / "out", hooks=[heard])
-        assert heard.names == ["depth", "archive"]
-
-    def test_is_not_taken_from_a_process_that_is_at_work(self, recipe, tmp_path):
-        self.fail(recipe, tmp_path / "out", Depth(layers=1), Archive(fail="raise"))
-        file = tmp_path / "out.unfinished/state.json"
-        state = json.loads(file.read_text())
-        file.write_text(json.dumps({**state, "process": [state["process"][0], os.getppid()]}))
-        with pytest.raises(OutputError, match=rf"process {os.getppid()} is at work"):
-            compress(recipe(Depth(layers=1), Archive()), tmp_path / "out")
+            compress(steps, tmp_path / "out")
 
 
 def test_a_child_does_not_outlive_its_parent_that_is_stopped(recipe, tmp_path):
     """The other interpreter ends when the run is interrupted."""
-    from optimum_prune import elsewhere
+    from optimum_prune.conversion import elsewhere
 
     script = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
     heard = []

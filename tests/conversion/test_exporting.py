@@ -1,16 +1,14 @@
 """What exporters have in common, shown with the one that needs torch alone."""
 
 import copy
-import logging
-import warnings
 
 import pytest
 import tiny
 import torch
 from transformers.exporters import DynamoConfig, DynamoExporter
 
-from optimum_prune.exporting import CachedRuntime, Limits, export, first_inputs, quietly, trace
-from optimum_prune.runtime import relative_difference
+from optimum_prune.conversion.exporting import CachedRuntime, Limits, export, first_inputs, trace
+from optimum_prune.evaluation.comparison import relative_difference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")
 
@@ -70,14 +68,3 @@ def test_every_axis_that_varies_is_open_and_no_other(model):
     assert traced.inputs["input_ids"].shape == (1, 2)
     assert traced.shapes["input_ids"][1].max == 16
     assert {axis[2].max for axis in traced.shapes["past_key_values"]} == {64}
-
-
-def test_quiet_is_only_while_it_lasts(capsys):
-    before = logging.root.manager.disable
-    with quietly():
-        print("noise")
-        warnings.warn("noise", stacklevel=1)
-    assert logging.root.manager.disable == before
-    assert not capsys.readouterr().out
-    with pytest.raises(UserWarning, match="noise"):
-        warnings.warn("noise", stacklevel=1)

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 
-from optimum_prune import Calibration, Progress, evaluation
+import optimum_prune.evaluation.losses as losses_module
+import optimum_prune.evaluation.perplexity as perplexity_module
+from optimum_prune import Progress, TransformersRuntime, Windows
 from optimum_prune.errors import NumericalError
-from optimum_prune.evaluation import perplexity
+from optimum_prune.evaluation.perplexity import Perplexity, perplexity, perplexity_of_runtime
 
 
 @torch.no_grad()
@@ -36,8 +40,8 @@ def test_perplexity_is_what_the_models_own_loss_says(name, padded):
 def test_perplexity_does_not_depend_on_batches_and_chunks(monkeypatch):
     model, windows = tiny.model("gemma3"), tiny.windows(7, padded=True)
     expected = perplexity(model, windows, Progress()).value
-    monkeypatch.setattr(evaluation, "TOKENS_PER_BATCH", 2 * windows.tokens.shape[1])
-    monkeypatch.setattr(evaluation, "LOGITS_PER_CHUNK", 5 * tiny.VOCABULARY)
+    monkeypatch.setattr(perplexity_module, "TOKENS_PER_BATCH", 2 * windows.tokens.shape[1])
+    monkeypatch.setattr(losses_module, "LOGITS_PER_CHUNK", 5 * tiny.VOCABULARY)
     assert perplexity(model, windows, Progress()).value == pytest.approx(expected, rel=1e-6)
 
 
@@ -49,7 +53,7 @@ def test_a_model_that_knows_nothing_is_as_perplexed_as_its_vocabulary_is_large()
 
 
 def test_a_perplexity_carries_its_protocol():
-    windows = Calibration.from_tokens(tiny.windows(3).tokens, "a text", bos=True)
+    windows = Windows.from_tokens(tiny.windows(3).tokens, "a text", bos=True)
     found = perplexity(tiny.model("llama").to(torch.bfloat16), windows, Progress())
     assert found.protocol() == {
         "text": "a text",
@@ -60,6 +64,25 @@ def test_a_perplexity_carries_its_protocol():
         "dtype": "bfloat16",
     }
     assert found.tokens_per_second > 0
+    assert found.describe() == (
+        "a text: 3 windows of 24 tokens, with a beginning-of-sequence token, mean over 69 predicted tokens, bfloat16"
+    )
+
+
+@pytest.mark.parametrize("value", [12.5, math.inf])
+def test_a_perplexity_goes_through_json_and_back(value):
+    found = replace(perplexity(tiny.model("llama"), tiny.windows(2), Progress()), value=value)
+    assert Perplexity.from_plain(json.loads(json.dumps(found.to_plain()))) == found
+    in_json = {name: None if figure == math.inf else figure for name, figure in found.to_plain().items()}
+    assert Perplexity.from_plain(json.loads(json.dumps(in_json, allow_nan=False))) == found
+
+
+def test_a_runtime_has_the_perplexity_of_the_model_in_it():
+    model, windows = tiny.model("llama"), tiny.windows(3)
+    found = perplexity_of_runtime(TransformersRuntime(model), windows, Progress())
+    expected = perplexity(model, windows, Progress())
+    assert found.value == pytest.approx(expected.value, rel=1e-6)
+    assert found.protocol() == expected.protocol()
 
 
 def test_a_perplexity_beyond_all_numbers_is_infinite():

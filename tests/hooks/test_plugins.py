@@ -8,14 +8,14 @@ import pytest
 
 from optimum_prune import OptimumPruneError, Recipe, Source, hookimpl
 from optimum_prune.errors import PluginError
-from optimum_prune.plugins import load
+from optimum_prune.hooks.plugins import load
 
 NUMBERS = count()
 
 GOOD = '''
 from dataclasses import dataclass
 from typing import ClassVar
-from optimum_prune import Family, FolderPass, Source, Stage, hookimpl, option
+from optimum_prune import AxisKind, Family, FolderPass, Source, Stage, hookimpl, option
 
 @dataclass(frozen=True, kw_only=True)
 class Pack(FolderPass):
@@ -25,7 +25,7 @@ class Pack(FolderPass):
     stage: ClassVar[Stage] = Stage.QUANTIZE
     bits: int = option("Bits.", 8)
 
-    def check(self, prospect): ...
+    def check(self, spec): ...
     def convert(self, job): ...
     def open(self, folder, device): ...
 
@@ -36,6 +36,10 @@ def passes():
 @hookimpl
 def families():
     yield Family(name="bloom", model_types=("bloom",))
+
+@hookimpl
+def axes():
+    yield AxisKind("colours", lambda family, layer, config: None, "attention")
 
 @hookimpl
 def calibration_sources():
@@ -69,14 +73,16 @@ def test_what_is_built_in_comes_in_through_hooks(plugins):
     known = {model_type for family in plugins.families for model_type in family.model_types}
     assert {"llama", "mistral", "qwen2", "qwen3", "gemma3", "gemma3_text", "opt"} <= known
     assert {"txt", "jsonl", "parquet", "hub"} <= set(plugins.sources)
+    assert not any(family.axes for family in plugins.families)
 
 
-def test_an_installed_plugin_brings_passes_families_and_sources(install):
+def test_an_installed_plugin_brings_passes_families_axes_and_sources(install):
     install(GOOD)
     plugins = load()
     assert plugins.passes["pack"].summary() == "Packs weights."
     assert (plugins.providers["pack"].distribution, plugins.providers["pack"].version) == ("stranger", "1.2.3")
     assert any(family.name == "bloom" for family in plugins.families)
+    assert {tuple(kind.name for kind in family.axes) for family in plugins.families} == {("colours",)}
     assert plugins.sources["xml"].suffixes == (".xml",)
     recipe = Recipe.from_dict({"passes": [{"depth": {"layers": 1}}, {"pack": {"bits": 4}}]}, plugins)
     assert recipe.passes[1].bits == 4
@@ -108,6 +114,8 @@ def test_a_plugin_that_is_gone_is_forgotten(install, tmp_path):
         (HEAD + "def families():\n    return None", None),
         (HEAD + "def families():\n    return Family(name='bloom', model_types=('bloom',))", None),
         (HEAD + "def passes():\n    class Nameless(PrunePass):\n        pass\n    yield Nameless", None),
+        (HEAD + "def axes():\n    yield 'heads'", "'axes' .* yields 'heads'"),
+        (HEAD + "def axes():\n    yield Axis('colours', 4, ())", r"'axes' .* yields Axis\("),
     ],
     ids=[
         "missing import",
@@ -123,6 +131,8 @@ def test_a_plugin_that_is_gone_is_forgotten(install, tmp_path):
         "nothing to iterate",
         "not iterable",
         "pass without a name",
+        "not an axis",
+        "an axis and not its kind",
     ],
 )
 def test_a_broken_plugin_is_named_with_its_distribution(source, why, install):
@@ -135,7 +145,7 @@ def test_a_broken_plugin_is_named_with_its_distribution(source, why, install):
 @pytest.mark.parametrize(
     ("source", "what", "owner"),
     [
-        (HEAD + "def passes():\n    yield Depth", "pass 'depth'", "methods.depth"),
+        (HEAD + "def passes():\n    yield Depth", "pass 'depth'", "prune.depth"),
         (
             HEAD + "def families():\n    yield Family(name='llama', model_types=('a',))",
             "family 'llama'",
@@ -149,20 +159,90 @@ def test_a_broken_plugin_is_named_with_its_distribution(source, why, install):
         (
             HEAD + "def calibration_sources():\n    yield Source('hub', list)",
             "calibration source 'hub'",
-            "calibration",
+            "sources.hub",
         ),
         (
             HEAD + "def calibration_sources():\n    yield Source('a', list, ('.a', '.txt'))",
             "suffix '.txt'",
-            "calibration",
+            "sources.files",
         ),
+        (HEAD + "def axes():\n    yield AxisKind('heads', list)", "axis 'heads'", "optimum-prune"),
+        (HEAD + "def axes():\n    yield AxisKind('hidden', list)", "axis 'hidden'", "optimum-prune"),
+        (HEAD + "def axes():\n    yield AxisKind('layers', list)", "axis 'layers'", "optimum-prune"),
+        (HEAD + "def axes():\n    yield AxisKind('pass', list)", "axis 'pass'", "optimum-prune"),
     ],
-    ids=["pass", "family", "architecture", "source", "suffix"],
+    ids=["pass", "family", "architecture", "source", "suffix", "axis", "axis of the model", "layers", "pass in cuts"],
 )
 def test_two_providers_of_one_name_are_both_named(source, what, owner, install):
     module = install(source)
     with pytest.raises(PluginError, match=rf"{what}.* two plugins: .*\b{owner}\b.* and {module} \(stranger\)"):
         load()
+
+
+PASS = """
+from dataclasses import dataclass
+from typing import ClassVar
+from optimum_prune import FolderPass, PrunePass, RecoverPass, Stage, hookimpl
+
+@dataclass(frozen=True, kw_only=True)
+class Mine({base}):
+    name: ClassVar[str] = "mine"
+    {body}
+
+@hookimpl
+def passes():
+    yield Mine
+"""
+
+
+@pytest.mark.parametrize(
+    ("base", "body", "why"),
+    [
+        ("FolderPass", "", "'mine' of the plugin .* has no stage. Make it a PrunePass, a RecoverPass or a FolderPass"),
+        ("FolderPass", "stage = 'quantize'", "has no stage"),
+        ("FolderPass", "stage = Stage.PRUNE", "has the stage PRUNE and is no PrunePass"),
+        ("PrunePass", "stage = Stage.RECOVER", "has the stage RECOVER and is no RecoverPass"),
+        ("RecoverPass", "stage = Stage.EXPORT", "has the stage EXPORT and is no FolderPass"),
+        (
+            "PrunePass",
+            "def decide(self, model, family, calibration, progress): ...",
+            r"another version of optimum-prune: its decide takes \(model, family, calibration, progress\), and is called with "
+            r"\(decoder, calibration\)",
+        ),
+        ("RecoverPass", "def recover(self, decoder, calibration): ...", r"its recover takes \(decoder, calibration\)"),
+        ("FolderPass", "stage = Stage.EXPORT\n    def check(self): ...", r"its check takes \(\)"),
+        (
+            "FolderPass",
+            "stage = Stage.EXPORT\n    takes_odd = True",
+            "Mine says takes_odd, .* takes_heterogeneous now",
+        ),
+    ],
+    ids=["none", "no Stage", "prune", "recover", "export", "decide", "recover's", "check", "renamed"],
+)
+def test_a_pass_that_could_not_be_carried_out_is_refused_with_its_plugin(base, body, why, install):
+    module = install(PASS.format(base=base, body=body or "pass"))
+    with pytest.raises(PluginError, match=why) as caught:
+        load()
+    assert f"{module} (stranger)" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "place"),
+    [
+        ("from optimum_prune.hookspecs import hookimpl", "hooks.marker"),
+        ("from optimum_prune.passes import PrunePass\nfrom optimum_prune.cuts import Cuts", None),
+        ("from optimum_prune.cuts import Cuts", "surgery.cuts"),
+        ("import optimum_prune.layerwise", "calibration.stream"),
+        ("from optimum_prune.methods.depth import Depth", "builtin.prune"),
+    ],
+)
+def test_what_an_older_plugin_imports_is_said_to_lie_elsewhere(line, place, install):
+    install(line)
+    with pytest.raises(
+        PluginError, match="another version of optimum-prune; what it needs is to be imported from optimum_prune"
+    ) as caught:
+        load()
+    assert place is None or f"optimum_prune.{place} now" in str(caught.value)
 
 
 def test_two_strangers_that_clash_are_both_named(install):

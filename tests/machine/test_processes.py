@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-import distributed_runs
+import process_runs
 import pytest
 import tiny
 import torch
@@ -17,13 +17,12 @@ from accelerate import cpu_offload, dispatch_model
 from safetensors.torch import load_file
 
 from optimum_prune import Depth, Osscar, Pruner
-from optimum_prune.anatomy import find_family
+from optimum_prune.anatomy.decoder import Decoder
+from optimum_prune.builtin.prune.block_pruner import BlockPruner
 from optimum_prune.errors import SurgeryError
-from optimum_prune.methods.block_pruner import BlockPruner
-from optimum_prune.progress import Progress
-from optimum_prune.run import prune
+from optimum_prune.testing import pruned
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 ALONE = [sys.executable]
 TWO, THREE = (
     [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] for count in (2, 3)
@@ -45,8 +44,8 @@ def found(tmp_path_factory):
     folders = {}
     for count, launcher in ((1, ALONE), (2, TWO), (3, THREE)):
         folders[count] = tmp_path_factory.mktemp(f"processes-{count}")
-        cases = BY_THREE if count == 3 else distributed_runs.CASES
-        done = run(*launcher, TESTS / "distributed_runs.py", folders[count], *cases)
+        cases = BY_THREE if count == 3 else process_runs.CASES
+        done = run(*launcher, TESTS / "machine" / "process_runs.py", folders[count], *cases)
         assert done.returncode == 0, done.stderr
     return folders
 
@@ -56,7 +55,7 @@ def read(folder, case, rank):
 
 
 @pytest.mark.parametrize(
-    ("case", "count"), [*((case, 2) for case in distributed_runs.CASES), *((case, 3) for case in BY_THREE)]
+    ("case", "count"), [*((case, 2) for case in process_runs.CASES), *((case, 3) for case in BY_THREE)]
 )
 def test_several_processes_do_what_one_does(found, case, count):
     alone, expected = read(found[1], case, 0)
@@ -83,7 +82,7 @@ def test_a_race_drops_the_same_variants_after_as_many_tokens(found, case):
 
 
 def test_every_process_holds_the_same_weights(found):
-    for case in distributed_runs.CASES:
+    for case in process_runs.CASES:
         first, other = (read(found[2], case, rank)[1] for rank in (0, 1))
         assert all(torch.equal(first[name], other[name]) for name in first)
 
@@ -133,7 +132,7 @@ def test_accelerate_launch_makes_one_folder_and_one_report(command):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (["--ratio", 2], "osscar has ratio 2.0"),
+        (["--ratio", 2], "has ratio 2.0"),
         (["--ratio", 0.25, "--length", 100_000], "the model takes at most"),
     ],
 )
@@ -151,20 +150,20 @@ def test_an_error_of_one_process_ends_all(command, llama, tmp_path):
     script = tmp_path / "lonely.py"
     script.write_text(
         "import sys, tiny, torch\n"
-        "from optimum_prune import distributed, Osscar\n"
-        "from optimum_prune.anatomy import find_family\n"
+        "from optimum_prune.testing import pruned\n"
+        "from optimum_prune import Osscar\n"
+        "from optimum_prune.machine import processes\n"
+        "from optimum_prune.anatomy.decoder import Decoder\n"
         "from optimum_prune.errors import NumericalError\n"
-        "from optimum_prune.plugins import load\n"
-        "from optimum_prune.progress import Progress\n"
-        "from optimum_prune.run import prune\n"
+        "from optimum_prune.hooks.plugins import load\n"
         "windows, model, plugins = tiny.windows(2), tiny.model('llama'), load()\n"
         "only = set(windows.tokens[1].tolist()) - set(windows.tokens[0].tolist())\n"
         "model.get_input_embeddings().weight.data[only.pop()] = torch.nan\n"
-        "with distributed.started():\n"
+        "with processes.started():\n"
         "    try:\n"
-        "        prune(Osscar(ratio=0.5), model, find_family(model.config, plugins.families), windows, plugins, Progress())\n"
+        "        pruned(Osscar(ratio=0.5), Decoder.of(model, plugins.families), windows, plugins)\n"
         "    except NumericalError as error:\n"
-        "        sys.stdout.write(f'{distributed.rank()} {error}\\n')\n"
+        "        sys.stdout.write(f'{processes.rank()} {error}\\n')\n"
     )
     done = run(*TWO, script)
     assert done.returncode == 0, done.stderr
@@ -176,12 +175,12 @@ def test_a_process_that_is_killed_ends_all(tmp_path):
     script.write_text(
         "import os, signal, sys\n"
         "from optimum_prune.cli import commands, main\n"
-        "from optimum_prune import distributed\n"
+        "from optimum_prune.machine import processes\n"
         "def families(arguments, plugins):\n"
-        "    distributed.wait()\n"
-        "    if distributed.rank() == 1:\n"
+        "    processes.wait()\n"
+        "    if processes.rank() == 1:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    distributed.wait()\n"
+        "    processes.wait()\n"
         "commands.evaluate = families\n"
         "sys.exit(main.main(['compress', 'evaluate', 'any']))\n"
     )
@@ -233,16 +232,16 @@ def by_layers(model):
     ],
 )
 def test_the_hooks_of_a_device_map_change_nothing(name, step, plugins):
-    pruned = []
+    outcomes = []
     for hooked in (False, True):
         model = tiny.model(name)
         if hooked:
             model = dispatch_model(model, by_layers(model), main_device="cpu", force_hooks=True)
             assert any(hasattr(module, "_hf_hook") for module in model.modules())
-        family, windows = find_family(model.config, plugins.families), tiny.windows(6)
-        cuts = prune(step, model, family, windows, plugins, Progress()).cuts
-        pruned.append((cuts, dict(model.named_parameters()), model(windows.tokens).logits))
-    (cuts, weights, logits), (other_cuts, other_weights, other_logits) = pruned
+        windows = tiny.windows(6)
+        cuts = pruned(step, Decoder.of(model, plugins.families), windows, plugins).cuts
+        outcomes.append((cuts, dict(model.named_parameters()), model(windows.tokens).logits))
+    (cuts, weights, logits), (other_cuts, other_weights, other_logits) = outcomes
     assert cuts == other_cuts
     assert all(torch.equal(weights[each], other_weights[each]) for each in weights)
     assert torch.equal(logits, other_logits)

@@ -13,13 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from optimum_prune import Cuts, Decision, Depth, Osscar, PrunePass, Recipe, Settings, Text
-from optimum_prune.checkpoint import weight_bytes
+from optimum_prune.anatomy.shape import LayerShape, Shape
+from optimum_prune.anatomy.workload import Workload
+from optimum_prune.builtin.prune.block_pruner import BlockPruner
+from optimum_prune.checkpoint.saving import weight_bytes
 from optimum_prune.cli.main import main
-from optimum_prune.cost import Workload
-from optimum_prune.forecast import duration, forecast
-from optimum_prune.methods.block_pruner import BlockPruner
-from optimum_prune.shape import LayerShape, Shape
-from optimum_prune.speed import Speed
+from optimum_prune.plan.forecast import duration, forecast
+from optimum_prune.plan.speed import Speed
 
 WORK = Workload(
     hidden=512, vocabulary=32000, head_width=64, heads=8, itemsize=2, windows=16, length=512, offloaded=False

@@ -4,46 +4,12 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+from problems import inputs_of, least_squares, naive, naive_groups, objective, problem
 from torch import Tensor
 from torch.testing import assert_close
 
-from optimum_prune.elimination import damped, eliminate, eliminate_groups, refit, refit_by_factor
-
-
-def problem(size: int, tokens: int, outputs: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Gram of correlated activations and weights, `[out, in]`, whose channels differ in importance."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    activations = normal(tokens, size) + normal(tokens, size // 4) @ normal(size // 4, size)
-    return damped(activations.T @ activations, 0.01), normal(outputs, size) * normal(size).exp()
-
-
-def objective(gram: Tensor, dense: Tensor, weight: Tensor) -> float:
-    change = weight - dense
-    return 0.5 * torch.trace(change.T @ gram @ change).item()
-
-
-def least_squares(gram: Tensor, dense: Tensor, kept: tuple[int, ...]) -> tuple[Tensor, float]:
-    """`min |A W - A B|` over W supported on `kept`, where `A'A` is the gram."""
-    root = torch.linalg.cholesky(gram).T
-    weight = torch.zeros_like(dense)
-    weight[list(kept)] = torch.linalg.lstsq(root[:, list(kept)], root @ dense).solution
-    return weight, objective(gram, dense, weight)
-
-
-def naive(gram: Tensor, dense: Tensor, keep: int, step: int) -> tuple[int, ...]:
-    """The greedy, with every inverse and every weight computed afresh after each removal."""
-    alive = list(range(len(gram)))
-    while len(alive) > keep:
-        inverse = torch.linalg.inv(gram[alive][:, alive])
-        weight = inverse @ (gram @ dense)[alive]
-        cost = weight.square().sum(1) / inverse.diagonal()
-        cheapest = cost.argsort()[: min(step, len(alive) - keep)].tolist()
-        alive = [channel for position, channel in enumerate(alive) if position not in cheapest]
-    return tuple(alive)
+from optimum_prune.refit.elimination import eliminate, eliminate_groups
+from optimum_prune.refit.solving import damped
 
 
 @pytest.mark.parametrize("step", [1, 4, 7, 100])
@@ -55,17 +21,6 @@ def test_lazy_updates_choose_what_fresh_inverses_choose(size, keep, tokens, step
     expected, loss = least_squares(gram, weight.T, found.kept)
     assert found.loss == pytest.approx(loss, rel=1e-8)
     assert_close(found.weight, expected[list(found.kept)].T, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_refit_is_least_squares_on_every_subset(seed):
-    gram, weight = problem(8, 30, seed=seed)
-    for keep in (1, 3, 5, 7):
-        for kept in combinations(range(8), keep):
-            expected, loss = least_squares(gram, weight.T, kept)
-            refitted, found = refit(gram.clone(), weight, torch.tensor(kept))
-            assert found == pytest.approx(loss, rel=1e-9)
-            assert_close(refitted, expected[list(kept)], rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("keep", [2, 4, 6])
@@ -153,50 +108,12 @@ def test_weights_of_zero_lose_nothing():
     assert (len(found.kept), found.loss, found.relative_error) == (10, 0, 0)
 
 
-def test_damping_is_relative_to_the_mean_of_the_diagonal():
-    gram = torch.diag(torch.tensor([1.0, 2.0, 6.0]))
-    assert_close(damped(gram, 0.1), torch.diag(torch.tensor([1.3, 2.3, 6.3], dtype=torch.float64)), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_swaps_lower_the_loss_and_never_raise_it(seed):
-    gram, weight = problem(40, 60, seed=seed)
-    losses = [eliminate(gram, weight, 12, step=40, swaps=swaps).loss for swaps in (0, 1, 2, 4, 100)]
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < losses[0]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_local_search_ends_where_no_swap_of_the_cheapest_helps(seed):
-    """By brute force: every channel outside in place of the cheapest inside."""
-    gram, weight = problem(24, 60, seed=seed)
-    kept = eliminate(gram, weight, 10, step=24, swaps=1000).kept
-    loss = refit(gram.clone(), weight, torch.tensor(kept))[1]
-    cheapest = min(kept, key=lambda j: refit(gram.clone(), weight, torch.tensor([k for k in kept if k != j]))[1])
-    for other in set(range(24)) - set(kept):
-        swapped = sorted({*kept, other} - {cheapest})
-        assert refit(gram.clone(), weight, torch.tensor(swapped))[1] >= loss * (1 - 1e-8)
-
-
 def test_one_shot_is_close_to_the_greedy_and_above_it():
     gram, weight = problem(200, 400)
     greedy, ranked = eliminate(gram, weight, 160), eliminate(gram, weight, 160, step=200)
     naive = (weight.T.square().sum(1) / torch.linalg.inv(gram).diagonal()).topk(160).indices
     assert ranked.kept == tuple(sorted(naive.tolist()))
     assert greedy.loss <= ranked.loss < 1.5 * greedy.loss
-
-
-def inputs_of(groups: tuple[int, ...], size: int) -> list[int]:
-    return [group * size + feature for group in groups for feature in range(size)]
-
-
-def naive_groups(gram: Tensor, dense: Tensor, keep: int, size: int) -> tuple[int, ...]:
-    """The greedy over groups: each candidate is tried, by least squares on what would be left."""
-    alive = list(range(len(gram) // size))
-    while len(alive) > keep:
-        rests = [[group for group in alive if group != gone] for gone in alive]
-        alive = min(rests, key=lambda rest: least_squares(gram, dense, tuple(inputs_of(tuple(rest), size)))[1])
-    return tuple(alive)
 
 
 @pytest.mark.parametrize(("size", "groups", "keep"), [(1, 20, 7), (4, 12, 5), (8, 6, 1), (16, 8, 3), (64, 3, 2)])
@@ -240,17 +157,6 @@ def test_groups_leave_their_arguments_as_they_were():
     eliminate_groups(gram, weight, 3, 8)
     assert torch.equal(gram, before[0])
     assert torch.equal(weight, before[1])
-
-
-@pytest.mark.parametrize("gone", [1, 5, 11, 12, 13, 30, 59])
-def test_both_formulas_of_the_refit_give_the_same(gone):
-    gram, weight = problem(60, 100)
-    kept = torch.randperm(60, generator=torch.Generator().manual_seed(gone))[gone:].sort().values
-    direct, loss = refit(gram.clone(), weight, kept)
-    through_what_goes, other = refit_by_factor(torch.linalg.cholesky(gram), weight, kept)
-    assert_close(through_what_goes, direct, rtol=1e-8, atol=1e-9)
-    assert other == pytest.approx(loss, rel=1e-8)
-    assert loss == pytest.approx(least_squares(gram, weight.T, tuple(kept.tolist()))[1], rel=1e-8)
 
 
 def of_one_token(size: int) -> Tensor:

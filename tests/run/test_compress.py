@@ -7,7 +7,6 @@ import os
 import shutil
 from importlib.metadata import version
 
-import conformance
 import pytest
 import tiny
 import torch
@@ -16,7 +15,6 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_prune import (
-    Calibration,
     Cuts,
     Depth,
     OptimumPruneError,
@@ -27,14 +25,17 @@ from optimum_prune import (
     Settings,
     Stage,
     Text,
+    Windows,
     compress,
     hookimpl,
     load_model,
+    testing,
 )
-from optimum_prune.anatomy import find_family
-from optimum_prune.calibration import draw
+from optimum_prune.anatomy.decoder import Decoder
+from optimum_prune.calibration.calibration import Calibration
 from optimum_prune.errors import CheckpointError, NumericalError, RecipeError
 from optimum_prune.options import as_plain
+from optimum_prune.text.drawing import Reader, draw
 
 PASSES = (Osscar(ratio=0.25), Depth(layers=2))
 
@@ -117,7 +118,8 @@ def test_the_report_tells_the_truth_about_perplexities(done, recipe, llama, plug
     output, _ = done
     plain = report_of(output)["perplexity"]
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    _, windows = draw(recipe.calibration, recipe.evaluation, tokenizer, plugins.sources, seed=0, limit=128)
+    reader = Reader(tokenizer, plugins.sources, limit=128)
+    _, windows = draw(recipe.calibration, recipe.evaluation, reader, seed=0)
     assert plain["before"] == pytest.approx(independent_perplexity(llama, windows), rel=1e-5)
     assert plain["after"] == pytest.approx(independent_perplexity(output, windows), rel=1e-5)
     assert plain["protocol"] == {
@@ -149,14 +151,14 @@ def test_the_report_tells_what_the_passes_did(done, recipe):
 def test_the_cuts_replay_to_the_same_structure(done, llama, plugins):
     output, _ = done
     model = AutoModelForCausalLM.from_pretrained(llama)
-    family = find_family(model.config, plugins.families)
+    decoder = Decoder.of(model, plugins.families)
     dense = model.state_dict()
     osscar, depth = json.loads((output / "compression" / "cuts.json").read_text())
     assert (osscar.pop("pass"), depth.pop("pass")) == ("osscar", "depth")
     for cuts in (osscar, depth):
-        conformance.cut(model, family, Cuts.from_json(cuts))
+        testing.cut(decoder, Cuts.from_json(cuts))
     saved = AutoModelForCausalLM.from_pretrained(output)
-    assert family.shape(model) == family.shape(saved)
+    assert decoder.shape() == Decoder.of(saved, plugins.families).shape()
     for name, weight in saved.state_dict().items():
         if "down_proj" not in name:
             assert torch.equal(weight, model.state_dict()[name])
@@ -190,14 +192,14 @@ def test_the_model_card_tells_the_figures_and_the_recipe(done):
 def test_every_family_is_compressed_verified_and_generates(name, checkpoints, text_file, tmp_path):
     report = compress(recipe_for(checkpoints(name), text_file), tmp_path / "out")
     assert report.verified.max_logit_difference == 0
-    conformance.generates_as_it_scores(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tiny.windows(2))
+    testing.generates_as_it_scores(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tiny.windows(2))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer("Gou fanfan ki.")["input_ids"], skip_special_tokens=True) == "Gou fanfan ki."
 
 
 def test_a_tied_model_is_saved_tied(checkpoints, text_file, tmp_path):
     report = compress(recipe_for(checkpoints("qwen2"), text_file), tmp_path / "out")
-    conformance.stays_tied(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tmp_path / "out")
+    testing.stays_tied(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), tmp_path / "out")
     assert report.bytes.after == pytest.approx(4 * report.parameters.after, abs=20_000)
 
 
@@ -260,7 +262,8 @@ def test_passes_from_folder_to_folder_follow_in_order(llama, text_file, tmp_path
     ]
     assert report.parameters.after == model.num_parameters()
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    _, windows = draw(recipe.calibration, recipe.evaluation, tokenizer, plugins.sources, seed=0, limit=128)
+    reader = Reader(tokenizer, plugins.sources, limit=128)
+    _, windows = draw(recipe.calibration, recipe.evaluation, reader, seed=0)
     assert report.perplexity.after.value == pytest.approx(independent_perplexity(tmp_path / "out", windows), rel=1e-3)
     assert names(tmp_path) == ["out"]
 
@@ -328,9 +331,16 @@ class TestPruner:
         output = Pruner.from_pretrained(model).prune(*PASSES, calibration=windows, save_dir=tmp_path / "out")
         assert output == tmp_path / "out"
         found = AutoModelForCausalLM.from_pretrained(output)
-        assert torch.equal(conformance.logits(found, windows), conformance.logits(model, windows))
+        assert torch.equal(testing.logits(found, windows), testing.logits(model, windows))
         assert found.config.num_hidden_layers == len(model.model.layers) == 4
         assert report_of(output)["perplexity"] is None
+
+    def test_a_calibration_is_pruned_by_its_windows(self, tmp_path):
+        windows = tiny.windows(10, length=32)
+        for calibration, folder in ((windows, "windows"), (Calibration(windows), "calibration")):
+            pruner = Pruner.from_pretrained(tiny.model("llama"))
+            pruner.prune(*PASSES, calibration=calibration, save_dir=tmp_path / folder)
+        assert digests(tmp_path / "calibration") == digests(tmp_path / "windows")
 
     def test_a_folder_is_pruned_as_by_a_recipe(self, llama, text_file, done, tmp_path):
         pruner = Pruner.from_pretrained(llama, device="cpu")
@@ -351,7 +361,7 @@ class TestPruner:
 
     def test_windows_given_as_tokens_are_reported_on(self, tmp_path):
         pruner = Pruner.from_pretrained(tiny.model("llama"))
-        windows, other = tiny.windows(4), Calibration.from_tokens(tiny.windows(3, seed=1).tokens)
+        windows, other = tiny.windows(4), Windows.from_tokens(tiny.windows(3, seed=1).tokens)
         pruner.prune(Depth(drop=(2,)), calibration=windows, evaluation=other, save_dir=tmp_path / "out")
         plain = report_of(tmp_path / "out")["perplexity"]
         assert plain["after"] == pytest.approx(independent_perplexity(tmp_path / "out", other), rel=1e-5)
@@ -408,11 +418,11 @@ def test_the_processor_of_a_model_that_sees_goes_along(llama, text_file, tmp_pat
 
 
 @pytest.fixture(scope="module", params=["llama", "deepseek_v3"])
-def odd(request, checkpoints, text_file, tmp_path_factory):
+def heterogeneous(request, checkpoints, text_file, tmp_path_factory):
     """A dense model, the folder of one whose layers differ in shape, and the report."""
     heads = None if request.param in tiny.WITHOUT_HEADS else 0.5
     step = Osscar(ratio=0.5, head_ratio=heads, protect=(0, 3))
-    output = tmp_path_factory.mktemp("odd") / "out"
+    output = tmp_path_factory.mktemp("heterogeneous") / "out"
     return (
         checkpoints(request.param),
         output,
@@ -420,8 +430,8 @@ def odd(request, checkpoints, text_file, tmp_path_factory):
     )
 
 
-def test_a_model_whose_layers_differ_is_compressed_reported_and_verified(odd):
-    dense, output, _ = odd
+def test_a_model_whose_layers_differ_is_compressed_reported_and_verified(heterogeneous):
+    dense, output, _ = heterogeneous
     plain = report_of(output)
     found = AutoModelForCausalLM.from_pretrained(output)
     assert plain["parameters"]["after"] == sum(parameter.numel() for parameter in found.parameters())
@@ -434,17 +444,17 @@ def test_a_model_whose_layers_differ_is_compressed_reported_and_verified(odd):
     assert AutoTokenizer.from_pretrained(output)("a").input_ids == AutoTokenizer.from_pretrained(dense)("a").input_ids
 
 
-def test_cuts_of_every_part_replay_to_the_same_structure(odd, plugins):
-    dense, output, _ = odd
+def test_cuts_of_every_part_replay_to_the_same_structure(heterogeneous, plugins):
+    dense, output, _ = heterogeneous
     (plain,) = json.loads((output / "compression" / "cuts.json").read_text())
     plain.pop("pass")
     cuts = Cuts.from_json(plain)
     assert cuts.to_json() == plain
     assert {"experts", "shared"} <= set(plain) if "deepseek" in str(dense) else {"heads", "channels"} <= set(plain)
     model, saved = AutoModelForCausalLM.from_pretrained(dense), AutoModelForCausalLM.from_pretrained(output)
-    family = find_family(model.config, plugins.families)
-    conformance.cut(model, family, cuts)
-    assert family.shape(model) == family.shape(saved)
+    decoder = Decoder.of(model, plugins.families)
+    testing.cut(decoder, cuts)
+    assert decoder.shape() == Decoder.of(saved, plugins.families).shape()
     assert type(model) is type(saved)
     refitted = ("down_proj", "o_proj")
     for name, weight in saved.state_dict().items():
@@ -452,8 +462,8 @@ def test_cuts_of_every_part_replay_to_the_same_structure(odd, plugins):
             assert torch.equal(weight, model.state_dict()[name]), name
 
 
-def test_a_model_whose_layers_differ_is_compressed_again(odd, text_file, tmp_path):
-    _, output, report = odd
+def test_a_model_whose_layers_differ_is_compressed_again(heterogeneous, text_file, tmp_path):
+    _, output, report = heterogeneous
     again = compress(recipe_for(output, text_file, Osscar(ratio=0.4), Depth(layers=1)), tmp_path / "again")
     assert again.parameters.before == report.parameters.after
     assert again.parameters.after < again.parameters.before

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from optimum_prune.errors import OutputError
-from optimum_prune.staging import check_output, staged
+from optimum_prune.run.output import check_output, hidden_output
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def partial(output, process, host=None):
 
 def write(output, overwrite=False, then=lambda: None):
     """Writes a new output; calls `then` before it is done."""
-    with staged(output, overwrite) as staging:
-        (staging.result / "config.json").write_text("new")
+    with hidden_output(output, overwrite) as hidden:
+        (hidden.result / "config.json").write_text("new")
         then()
 
 
@@ -50,23 +50,23 @@ def names(folder):
 
 
 def test_the_output_appears_whole_and_only_at_the_end(tmp_path, output):
-    with staged(output, overwrite=False) as staging:
-        (staging.result / "config.json").write_text("new")
+    with hidden_output(output, overwrite=False) as hidden:
+        (hidden.result / "config.json").write_text("new")
         assert not output.exists()
     assert names(tmp_path) == ["out"]
     assert (output / "config.json").read_text() == "new"
 
 
 def test_parents_of_the_output_are_made(tmp_path):
-    with staged(tmp_path / "a" / "b" / "out", overwrite=False):
+    with hidden_output(tmp_path / "a" / "b" / "out", overwrite=False):
         pass
     assert (tmp_path / "a" / "b" / "out").is_dir()
 
 
 def test_another_result_can_be_chosen(tmp_path, output):
-    with staged(output, overwrite=False) as staging:
-        staging.result = staging.root / "packed"
-        model_folder(staging.result, "packed")
+    with hidden_output(output, overwrite=False) as hidden:
+        hidden.result = hidden.folder / "packed"
+        model_folder(hidden.result, "packed")
     assert names(output) == ["config.json"]
     assert names(tmp_path) == ["out"]
 
@@ -88,7 +88,7 @@ def test_a_failure_leaves_what_was_to_be_replaced(tmp_path, output):
 
 def test_an_existing_output_is_refused_and_kept(tmp_path, output):
     model_folder(output)
-    with pytest.raises(OutputError, match=r"exists already.*--overwrite"), staged(output, overwrite=False):
+    with pytest.raises(OutputError, match=r"exists already.*--overwrite"), hidden_output(output, overwrite=False):
         raise AssertionError
     assert (output / "config.json").read_text() == "old"
     assert names(tmp_path) == ["out"]
@@ -96,8 +96,8 @@ def test_an_existing_output_is_refused_and_kept(tmp_path, output):
 
 def test_an_existing_output_is_replaced_as_a_whole(tmp_path, output):
     (model_folder(output) / "model.safetensors").write_text("old")
-    with staged(output, overwrite=True) as staging:
-        (staging.result / "config.json").write_text("new")
+    with hidden_output(output, overwrite=True) as hidden:
+        (hidden.result / "config.json").write_text("new")
         assert (output / "config.json").read_text() == "old"
     assert names(tmp_path) == ["out"]
     assert names(output) == ["config.json"]
@@ -120,7 +120,7 @@ def test_what_is_no_model_folder_is_not_overwritten(kind, tmp_path, output):
         target = tmp_path / "target"
         output.symlink_to(target if kind == "dangling link" else model_folder(target))
     before = names(tmp_path)
-    with pytest.raises(OutputError, match="not overwritten"), staged(output, overwrite=True):
+    with pytest.raises(OutputError, match="not overwritten"), hidden_output(output, overwrite=True):
         raise AssertionError
     assert names(tmp_path) == before
 
@@ -136,22 +136,25 @@ def test_the_model_itself_is_not_overwritten(place, tmp_path):
     if place == "by a link":
         source = tmp_path / "link"
         source.symlink_to(model)
-    with pytest.raises(OutputError, match="holds the model"), staged(output, overwrite=True, source=str(source)):
+    with (
+        pytest.raises(OutputError, match="holds the model"),
+        hidden_output(output, overwrite=True, source=str(source)),
+    ):
         raise AssertionError
     assert (model / "config.json").read_text() == "old"
 
 
 def test_an_output_inside_the_models_folder_is_fine(tmp_path):
     model = model_folder(tmp_path / "small")
-    with staged(model / "pruned", overwrite=False, source=str(model)):
+    with hidden_output(model / "pruned", overwrite=False, source=str(model)):
         pass
     assert names(model) == ["config.json", "pruned"]
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path, output):
     partial(output, dead_process())
-    with staged(output, overwrite=False) as staging:
-        assert names(tmp_path) == [staging.root.name]
+    with hidden_output(output, overwrite=False) as hidden:
+        assert names(tmp_path) == [hidden.folder.name]
     assert names(tmp_path) == ["out"]
 
 
@@ -162,19 +165,22 @@ def test_what_may_belong_to_others_is_left(tmp_path, output):
         partial(tmp_path / "out2", dead_process()),
         model_folder(tmp_path / f".out.partial-{socket.gethostname()}-1x-x"),
     ]
-    with staged(output, overwrite=False):
+    with hidden_output(output, overwrite=False):
         pass
     assert names(tmp_path) == sorted(["out", *(folder.name for folder in alive)])
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_of_the_output(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot be written"), staged(tmp_path / "file" / "out", overwrite=False):
+    with (
+        pytest.raises(OutputError, match="cannot be written"),
+        hidden_output(tmp_path / "file" / "out", overwrite=False),
+    ):
         raise AssertionError
 
 
 def test_a_name_that_is_too_long_is_an_error_of_the_output(tmp_path):
-    with pytest.raises(OutputError, match="cannot be written"), staged(tmp_path / ("x" * 250), overwrite=False):
+    with pytest.raises(OutputError, match="cannot be written"), hidden_output(tmp_path / ("x" * 250), overwrite=False):
         raise AssertionError
     assert names(tmp_path) == []
 

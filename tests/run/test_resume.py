@@ -20,7 +20,7 @@ import torch
 from torch.testing import assert_close
 
 from optimum_prune import Cuts, Decision
-from optimum_prune.journal import Journal
+from optimum_prune.run.journal import Journal
 
 if sys.platform == "win32":
     pytest.skip("processes are killed as POSIX does", allow_module_level=True)
@@ -28,7 +28,7 @@ if sys.platform == "win32":
 # Every run is a process of its own, forked from one that has imported what takes long.
 FORKED = multiprocessing.get_context("forkserver")
 SLOW = ["datasets", "pandas", "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto"]
-FORKED.set_forkserver_preload(["optimum_prune.cli.main", "optimum_prune.compress", *SLOW])
+FORKED.set_forkserver_preload(["optimum_prune.cli.main", "optimum_prune.run.compress", *SLOW])
 
 METHODS = {
     "osscar with heads": ["osscar", "--ratio", 0.25, "--head-ratio", 0.5],
@@ -249,7 +249,7 @@ class TestTheJournal:
         for number in range(count):
             made.append(number)
             yield Decision(
-                Cuts(heads={number: (0, 2)}),
+                Cuts.along("heads", {number: (0, 2)}),
                 {"weight": torch.full((2, 3), number, dtype=torch.bfloat16)},
                 {"number": number, "nothing": None, "infinite": torch.inf},
             )
@@ -260,7 +260,9 @@ class TestTheJournal:
             journal = Journal(tmp_path)
             for _ in range(2):  # two passes of one name
                 found = list(journal.decisions("one", lambda: self.decisions(3, made)))
-                assert [decision.cuts for decision in found] == [Cuts(heads={number: (0, 2)}) for number in range(3)]
+                assert [decision.cuts for decision in found] == [
+                    Cuts.along("heads", {number: (0, 2)}) for number in range(3)
+                ]
                 assert [dict(decision.evidence) for decision in found][1] == {
                     "number": 1,
                     "nothing": None,

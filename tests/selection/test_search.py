@@ -2,16 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import conformance
 import pytest
 import tiny
 import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
+from shortened import loss_of
 
-from optimum_prune import Calibration, Progress, search
-from optimum_prune.anatomy import find_family
-from optimum_prune.search import Losses, Variant, measure
+from optimum_prune import Calibration, Decoder, Windows
+from optimum_prune import testing as conformance
+from optimum_prune.selection import search
+from optimum_prune.selection.search import Losses, Variant
 
 SOME = (
     "llama",
@@ -30,14 +29,13 @@ SOME = (
 """Sliding windows, blocks side by side, learned positions, mixtures, and norms in every place."""
 
 
-def mean_loss(logits: Tensor, windows: Calibration) -> float:
-    targets = windows.tokens[:, 1:].masked_fill(~windows.mask[:, 1:], -100)
-    return cross_entropy(logits[:, :-1].flatten(0, 1).double(), targets.flatten()).item()
+def measure(decoder: Decoder, windows: Windows, variants: Sequence[Variant], **how) -> Losses:
+    return search.measure(decoder, Calibration(windows), variants, "", **how)
 
 
-def naive(model, family, windows, gaps: Sequence[Sequence[int]]) -> list[float]:
+def naive(decoder: Decoder, windows: Windows, gaps: Sequence[Sequence[int]]) -> list[float]:
     """The loss of the whole model with each of these gaps."""
-    return [mean_loss(conformance.with_layers_skipped(model, family, gap, windows), windows) for gap in gaps]
+    return [loss_of(conformance.with_layers_skipped(decoder, gap, windows), windows) for gap in gaps]
 
 
 def without(start: int, size: int = 1) -> Variant:
@@ -49,14 +47,14 @@ def spoiled(start: int, value: float) -> Variant:
     return Variant(start, start + 1, lambda _, hidden: torch.full_like(hidden, value))
 
 
-def sampled(model, count: int = 40, length: int = 24, seed: int = 0) -> Calibration:
+def sampled(decoder: Decoder, count: int = 40, length: int = 24, seed: int = 0) -> Windows:
     """Windows that the model itself wrote, so that it loses by any change."""
     tokens = torch.full((count, 1), tiny.BOS)
     generator = torch.Generator().manual_seed(seed)
     while tokens.shape[1] < length:
-        (last,) = conformance.logits(model, Calibration.from_tokens(tokens))[:, -1:].softmax(-1).unbind(1)
+        (last,) = conformance.logits(decoder.model, Windows.from_tokens(tokens))[:, -1:].softmax(-1).unbind(1)
         tokens = torch.cat([tokens, last.multinomial(1, generator=generator)], 1)
-    return Calibration.from_tokens(tokens)
+    return Windows.from_tokens(tokens)
 
 
 WINDOWS = [range(start, start + size) for size in (1, 2, 3, 4) for start in range(tiny.LAYERS - size + 1)]
@@ -64,11 +62,10 @@ WINDOWS = [range(start, start + size) for size in (1, 2, 3, 4) for start in rang
 
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-def test_each_variant_loses_what_the_model_without_its_layers_loses(name, subject, padded):
-    model, family = subject
+def test_each_variant_loses_what_the_model_without_its_layers_loses(name, decoder, padded):
     windows = tiny.windows(4, padded=padded)
-    found = measure(model, family, windows, [without(gap[0], len(gap)) for gap in WINDOWS], Progress(), "")
-    base, *expected = naive(model, family, windows, [(), *WINDOWS])
+    found = measure(decoder, windows, [without(gap[0], len(gap)) for gap in WINDOWS])
+    base, *expected = naive(decoder, windows, [(), *WINDOWS])
     assert found.base == pytest.approx(base, rel=1e-5)
     assert found.means == pytest.approx(expected, rel=1e-5)
     assert set(found.tokens) == {int(windows.mask[:, 1:].sum())}
@@ -77,54 +74,50 @@ def test_each_variant_loses_what_the_model_without_its_layers_loses(name, subjec
 
 
 @pytest.mark.parametrize("name", ["gemma3", "opt", "deepseek_v2"])
-def test_it_does_not_matter_how_much_memory_streams_may_take(name, subject, monkeypatch):
-    model, family = subject
+def test_it_does_not_matter_how_much_memory_streams_may_take(name, decoder, monkeypatch):
     windows = tiny.windows(5, padded=True)
     variants = [without(gap[0], len(gap)) for gap in WINDOWS]
-    together = measure(model, family, windows, variants, Progress(), "")
-    of_window = windows.tokens.shape[1] * family.text_config(model.config).hidden_size * 4
+    together = measure(decoder, windows, variants)
+    of_window = windows.tokens.shape[1] * decoder.config.hidden_size * 4
     all_streams = (len(variants) + 1) * of_window
     for memory in (2 * all_streams, all_streams, all_streams // 3, 2 * of_window, 1):
         monkeypatch.setattr(search, "MEMORY", memory)
-        apart = measure(model, family, windows, variants, Progress(), "")
+        apart = measure(decoder, windows, variants)
         assert (apart.base, *apart.means) == pytest.approx((together.base, *together.means), rel=1e-6)
         assert apart.tokens == together.tokens
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox", "qwen3_moe"])
-def test_variants_can_be_measured_on_top_of_what_is_gone_already(name, subject):
-    model, family = subject
+def test_variants_can_be_measured_on_top_of_what_is_gone_already(name, decoder):
     windows = tiny.windows(4, padded=True)
     gone = {1, 4}
 
     def run_layer(batch, index, hidden):
-        return hidden if index in gone else batch.run(family.layers_of(model)[index], index, hidden)
+        return hidden if index in gone else batch.run(decoder.modules[index], index, hidden)
 
     left = [index for index in range(tiny.LAYERS) if index not in gone]
-    found = measure(model, family, windows, list(map(without, left)), Progress(), "", run_layer=run_layer)
-    base, *expected = naive(model, family, windows, [gone, *({index, *gone} for index in left)])
+    found = measure(decoder, windows, list(map(without, left)), run_layer=run_layer)
+    base, *expected = naive(decoder, windows, [gone, *({index, *gone} for index in left)])
     assert found.base == pytest.approx(base, rel=1e-5)
     assert found.means == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_a_variant_may_run_other_layers_in_the_place_of_those_it_differs_in(name, subject):
-    model, family = subject
-    other = family.layers_of(tiny.model(name, seed=1))[2]
+def test_a_variant_may_run_other_layers_in_the_place_of_those_it_differs_in(name, decoder):
+    other = Decoder(tiny.model(name, seed=1), decoder.family).modules[2]
     windows = tiny.windows(3)
     variant = Variant(2, 5, lambda batch, hidden: batch.run(other, 2, hidden))
-    found = measure(model, family, windows, [variant], Progress(), "")
-    family.layers_of(model)[2].load_state_dict(other.state_dict())
-    assert found.means == pytest.approx(naive(model, family, windows, [(3, 4)]), rel=1e-5)
+    found = measure(decoder, windows, [variant])
+    decoder.modules[2].load_state_dict(other.state_dict())
+    assert found.means == pytest.approx(naive(decoder, windows, [(3, 4)]), rel=1e-5)
 
 
-def test_measuring_changes_nothing(plugins):
-    model = tiny.model("llama")
-    family = find_family(model.config, plugins.families)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    measure(model, family, tiny.windows(2), [without(0), without(5)], Progress(), "", race=True)
-    assert len(family.layers_of(model)) == tiny.LAYERS
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+@pytest.mark.parametrize("name", ["llama"])
+def test_measuring_changes_nothing(name, decoder):
+    before = {key: value.clone() for key, value in decoder.model.state_dict().items()}
+    measure(decoder, tiny.windows(2), [without(0), without(5)], race=True)
+    assert len(decoder) == tiny.LAYERS
+    assert all(torch.equal(value, before[key]) for key, value in decoder.model.state_dict().items())
 
 
 # Races
@@ -135,7 +128,7 @@ def least(seed: int) -> int:
     return 1 + seed % (tiny.LAYERS - 1)
 
 
-def uneven(seed: int, plugins):
+def uneven(seed: int, plugins) -> Decoder:
     """A model one of whose layers hardly matters, and another hardly more."""
     model = tiny.model("llama", seed)
     layers = model.model.layers
@@ -144,16 +137,16 @@ def uneven(seed: int, plugins):
             for block in (layers[index].self_attn.o_proj, layers[index].mlp.down_proj):
                 block.weight.mul_(scale)
                 block.bias.mul_(scale)
-    return model, find_family(model.config, plugins.families)
+    return Decoder.of(model, plugins.families)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_race_has_the_winner_of_the_exact_search_and_measures_it_in_full(seed, plugins):
-    model, family = uneven(seed, plugins)
-    windows = sampled(model, seed=seed)
+    decoder = uneven(seed, plugins)
+    windows = sampled(decoder, seed=seed)
     variants = list(map(without, range(tiny.LAYERS)))
-    exact = measure(model, family, windows, variants, Progress(), "")
-    raced = measure(model, family, windows, variants, Progress(), "", race=True)
+    exact = measure(decoder, windows, variants)
+    raced = measure(decoder, windows, variants, race=True)
     assert raced.ranked[0] == exact.ranked[0] == least(seed)
     assert raced.base == pytest.approx(exact.base, rel=1e-6)
     everything = max(exact.tokens)
@@ -169,24 +162,22 @@ def test_a_race_has_the_winner_of_the_exact_search_and_measures_it_in_full(seed,
 
 
 def test_who_is_out_is_out_as_soon_as_enough_was_observed_and_no_sooner(plugins):
-    model, family = uneven(0, plugins)
-    windows = sampled(model)
+    decoder = uneven(0, plugins)
+    windows = sampled(decoder)
     predicted = windows.tokens.shape[1] - 1
     hopeless = Variant(2, tiny.LAYERS, lambda _, hidden: -100 * hidden)
-    found = measure(model, family, windows, [without(least(0)), hopeless], Progress(), "", race=True)
+    found = measure(decoder, windows, [without(least(0)), hopeless], race=True)
     enough = search.FEWEST_BLOCKS * search.BLOCK
     assert found.tokens[0] == len(windows.tokens) * predicted
     assert enough <= found.tokens[1] < enough + predicted
-    few = Calibration.from_tokens(windows.tokens[: enough // predicted])
-    assert set(measure(model, family, few, [without(least(0)), hopeless], Progress(), "", race=True).tokens) == {
-        len(few.tokens) * predicted
-    }
+    few = Windows.from_tokens(windows.tokens[: enough // predicted])
+    assert set(measure(decoder, few, [without(least(0)), hopeless], race=True).tokens) == {len(few.tokens) * predicted}
 
 
 def test_variants_that_are_the_same_run_to_the_end(plugins):
-    model, family = uneven(1, plugins)
-    windows = sampled(model)
-    found = measure(model, family, windows, [without(1)] * 3, Progress(), "", race=True)
+    decoder = uneven(1, plugins)
+    windows = sampled(decoder)
+    found = measure(decoder, windows, [without(1)] * 3, race=True)
     assert len(set(found.tokens)) == len(set(found.means)) == 1
     assert found.behind == (0, 0, 0)
 
@@ -194,11 +185,11 @@ def test_variants_that_are_the_same_run_to_the_end(plugins):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("race", [False, True], ids=["exact", "race"])
 def test_a_variant_without_a_finite_loss_ranks_last(value, race, plugins):
-    model, family = uneven(2, plugins)
-    windows = sampled(model)
+    decoder = uneven(2, plugins)
+    windows = sampled(decoder)
     variants = [spoiled(0, value), without(least(2)), spoiled(5, value), without(2)]
-    found = measure(model, family, windows, variants, Progress(), "", race=race)
-    alone = measure(model, family, windows, [without(least(2)), without(2)], Progress(), "", race=race)
+    found = measure(decoder, windows, variants, race=race)
+    alone = measure(decoder, windows, [without(least(2)), without(2)], race=race)
     assert found.means[0] == found.means[2] == torch.inf
     assert (found.means[1], found.means[3]) == pytest.approx(alone.means)
     assert found.ranked[0] == 1
@@ -208,9 +199,9 @@ def test_a_variant_without_a_finite_loss_ranks_last(value, race, plugins):
 
 @pytest.mark.parametrize("race", [False, True], ids=["exact", "race"])
 def test_variants_none_of_which_is_finite_are_told_as_they_are(race, plugins):
-    model, family = uneven(2, plugins)
-    windows = sampled(model, 20)
-    found = measure(model, family, windows, [spoiled(0, torch.nan), spoiled(3, torch.inf)], Progress(), "", race=race)
+    decoder = uneven(2, plugins)
+    windows = sampled(decoder, 20)
+    found = measure(decoder, windows, [spoiled(0, torch.nan), spoiled(3, torch.inf)], race=race)
     assert found.means == (torch.inf, torch.inf)
     assert torch.tensor(found.base).isfinite()
 

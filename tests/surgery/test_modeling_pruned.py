@@ -10,18 +10,20 @@ import shutil
 import subprocess
 import sys
 
-import conformance
 import pytest
 import tiny
 import torch
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from optimum_prune import Cuts, Depth, Osscar, Progress, checkpoint
-from optimum_prune.anatomy import find_family, parameters
-from optimum_prune.subject import meta_model
+from optimum_prune import Cuts, Decoder, Depth, Osscar, Progress
+from optimum_prune import testing as conformance
+from optimum_prune.anatomy.counts import count_parameters
+from optimum_prune.anatomy.family import find_family
+from optimum_prune.checkpoint import saving
+from optimum_prune.checkpoint.opening import meta_model
 
-ODD = {
+HETEROGENEOUS = {
     "channels": Osscar(ratio=0.5, protect=(0, 3)),
     "both": Osscar(ratio=0.5, head_ratio=0.5, protect=(0, 5)),
 }
@@ -40,24 +42,23 @@ SOME = (
 WINDOWS = tiny.windows(2)
 
 
-def odd_model(name, plugins, kind="channels"):
-    model = tiny.model(name)
-    family = find_family(model.config, plugins.families)
-    conformance.pruned(ODD[kind], model, family, WINDOWS, plugins)
-    return model, family
+def uneven_model(name, plugins, kind="channels"):
+    decoder = Decoder.of(tiny.model(name), plugins.families)
+    conformance.pruned(HETEROGENEOUS[kind], decoder, WINDOWS, plugins)
+    return decoder
 
 
 @pytest.fixture(scope="session")
-def odd(tmp_path_factory, plugins):
+def uneven(tmp_path_factory, plugins):
     """Family and kind of cut -> the model, and its folder, which is not to be written to."""
     made = {}
 
     def folder_of(name, kind="channels"):
         if (name, kind) not in made:
-            model, family = odd_model(name, plugins, kind)
-            folder = tmp_path_factory.mktemp("odd") / name
-            checkpoint.save(model, None, folder, Progress())
-            made[name, kind] = model, family, folder
+            decoder = uneven_model(name, plugins, kind)
+            folder = tmp_path_factory.mktemp("uneven") / name
+            saving.save(decoder.model, None, folder, Progress())
+            made[name, kind] = decoder, folder
         return made[name, kind]
 
     return folder_of
@@ -71,14 +72,15 @@ def kinds_of(names):
 
 @pytest.mark.parametrize(("name", "kind"), kinds_of(tiny.FAMILIES))
 def test_a_model_of_layers_that_differ_reloads_exactly_and_generates(name, kind, plugins, tmp_path):
-    model, family = odd_model(name, plugins, kind)
-    shape = family.shape(model)
+    decoder = uneven_model(name, plugins, kind)
+    model, shape = decoder.model, decoder.shape()
     assert not shape.even
     found = conformance.reloads_exactly(model, tmp_path, WINDOWS)
-    assert family.shape(found) == shape == family.shape(meta_model(AutoConfig.from_pretrained(tmp_path)))
+    described = meta_model(AutoConfig.from_pretrained(tmp_path))
+    assert Decoder(found, decoder.family).shape() == shape == Decoder(described, decoder.family).shape()
     conformance.generates_as_it_scores(found, WINDOWS)
     conformance.generates_as_it_scores(model, WINDOWS)
-    conformance.layers_are_numbered(found, family)
+    conformance.layers_are_numbered(Decoder(found, decoder.family))
     if name in tiny.TIED:
         conformance.stays_tied(model, tmp_path)
         conformance.stays_tied(found, tmp_path)
@@ -89,15 +91,14 @@ def test_a_model_that_came_from_a_checkpoint_is_saved_as_well_as_one_made_in_mem
     name, checkpoints, plugins, tmp_path
 ):
     model = AutoModelForCausalLM.from_pretrained(checkpoints(name)).eval()
-    family = find_family(model.config, plugins.families)
-    conformance.pruned(ODD["channels"], model, family, WINDOWS, plugins)
+    conformance.pruned(HETEROGENEOUS["channels"], Decoder.of(model, plugins.families), WINDOWS, plugins)
     found = conformance.reloads_exactly(model, tmp_path / "first", WINDOWS)
     conformance.reloads_exactly(found, tmp_path / "second", WINDOWS)
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_the_folder_says_what_it_is(name, odd):
-    model, _, folder = odd(name)
+def test_the_folder_says_what_it_is(name, uneven):
+    decoder, folder = uneven(name)
     plain = json.loads((folder / "config.json").read_text())
     stock = tiny.model(name)
     assert plain["model_type"] == "optimum_prune"
@@ -106,8 +107,8 @@ def test_the_folder_says_what_it_is(name, odd):
     assert plain["architectures"] == ["PrunedForCausalLM"]
     assert plain["auto_map"]["AutoModelForCausalLM"] == "modeling_pruned.PrunedForCausalLM"
     assert (folder / "modeling_pruned.py").is_file()
-    assert isinstance(model, type(stock))
-    assert find_family(AutoConfig.from_pretrained(folder), [odd(name)[1]]) is odd(name)[1]
+    assert isinstance(decoder.model, type(stock))
+    assert find_family(AutoConfig.from_pretrained(folder), [decoder.family]) is decoder.family
 
 
 FRESH = """
@@ -156,14 +157,14 @@ print("\\n" + ("; ".join(problems) or "done"))
 """
 
 
-def test_where_this_package_is_not_imported_it_loads_if_its_own_code_is_trusted_and_not_otherwise(odd, tmp_path):
+def test_where_this_package_is_not_imported_it_loads_if_its_own_code_is_trusted_and_not_otherwise(uneven, tmp_path):
     """Not otherwise, since a stock architecture would fill up with random weights."""
     folders = []
     for name in ("llama-tied", "gemma3-vision", "gpt2", "qwen3_moe", "deepseek_v3"):
-        model, _, saved = odd(name, "channels" if name in tiny.WITHOUT_HEADS else "both")
+        decoder, saved = uneven(name, "channels" if name in tiny.WITHOUT_HEADS else "both")
         folders.append(tmp_path / name)
         shutil.copytree(saved, tmp_path / name / "saved")
-        torch.save([WINDOWS.tokens, conformance.logits(model, WINDOWS)], tmp_path / name / "expected.pt")
+        torch.save([WINDOWS.tokens, conformance.logits(decoder.model, WINDOWS)], tmp_path / name / "expected.pt")
         (tmp_path / name / "stock").write_text(type(tiny.model(name)).__name__)
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", FRESH, *folders],
@@ -180,8 +181,8 @@ def test_where_this_package_is_not_imported_it_loads_if_its_own_code_is_trusted_
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_the_stock_class_refuses_it(name, odd):
-    _, _, folder = odd(name)
+def test_the_stock_class_refuses_it(name, uneven):
+    _, folder = uneven(name)
     stock = type(tiny.model(name))
     with pytest.raises((ValueError, RuntimeError, KeyError, AttributeError, TypeError)):
         stock.from_pretrained(folder)
@@ -191,8 +192,9 @@ def test_the_stock_class_refuses_it(name, odd):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3-vision", "gpt2", "qwen3_moe"])
-def test_configs_and_models_can_be_copied_and_configs_pickled(name, odd):
-    model, _, folder = odd(name)
+def test_configs_and_models_can_be_copied_and_configs_pickled(name, uneven):
+    decoder, folder = uneven(name)
+    model = decoder.model
     for config in (model.config, AutoConfig.from_pretrained(folder)):
         for same in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), copy.copy(config)):
             assert type(same) is type(config)
@@ -202,35 +204,37 @@ def test_configs_and_models_can_be_copied_and_configs_pickled(name, odd):
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_the_attention_implementation_that_is_asked_for_reaches_every_layer(name, odd):
-    model, family, folder = odd(name, "channels" if name in tiny.WITHOUT_HEADS else "both")
+def test_the_attention_implementation_that_is_asked_for_reaches_every_layer(name, uneven):
+    decoder, folder = uneven(name, "channels" if name in tiny.WITHOUT_HEADS else "both")
+    expected = conformance.logits(decoder.model, WINDOWS)
+
+    def used(model):
+        layers = Decoder(model, decoder.family).layers
+        return {layer.part(decoder.family.attention).config._attn_implementation for layer in layers}
+
     for implementation in ("eager", "sdpa"):
         found = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=implementation).eval()
-        used = {
-            family.module(layer, family.attention).config._attn_implementation for layer in family.layers_of(found)
-        }
-        assert used == {implementation}
-        assert_close(conformance.logits(found, WINDOWS), conformance.logits(model, WINDOWS), rtol=1e-4, atol=1e-4)
+        assert used(found) == {implementation}
+        assert_close(conformance.logits(found, WINDOWS), expected, rtol=1e-4, atol=1e-4)
     found.set_attn_implementation("eager")
-    used = {family.module(layer, family.attention).config._attn_implementation for layer in family.layers_of(found)}
-    assert used == {"eager"}
+    assert used(found) == {"eager"}
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_half_precision_and_shards_are_kept(name, odd, tmp_path):
-    model, family, folder = odd(name)
+def test_half_precision_and_shards_are_kept(name, uneven, tmp_path):
+    decoder, folder = uneven(name)
     half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path, max_shard_size="40KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     found = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert found.dtype == torch.bfloat16
-    assert family.shape(found) == family.shape(model)
+    assert Decoder(found, decoder.family).shape() == decoder.shape()
     assert_close(conformance.logits(found, WINDOWS), conformance.logits(half.eval(), WINDOWS), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
-def test_it_can_be_trained(name, odd):
-    model = copy.deepcopy(odd(name)[0]).train()
+def test_it_can_be_trained(name, uneven):
+    model = copy.deepcopy(uneven(name)[0].model).train()
     model(input_ids=WINDOWS.tokens, labels=WINDOWS.tokens).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
@@ -239,31 +243,32 @@ def test_it_can_be_trained(name, odd):
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_it_can_be_pruned_again_in_width_and_depth(name, odd, plugins, tmp_path):
-    _, family, folder = odd(name)
+def test_it_can_be_pruned_again_in_width_and_depth(name, uneven, plugins, tmp_path):
+    _, folder = uneven(name)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    before = parameters(model)["total"]
+    before = count_parameters(model).total
     for step in (Osscar(ratio=0.4), Depth(layers=1)):
-        conformance.pruned(step, model, family, WINDOWS, plugins)
-        assert parameters(model)["total"] < before
+        conformance.pruned(step, Decoder.of(model, plugins.families), WINDOWS, plugins)
+        assert count_parameters(model).total < before
     conformance.generates_as_it_scores(conformance.reloads_exactly(model, tmp_path, WINDOWS), WINDOWS)
 
 
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("by", ["layers", "widths"])
-def test_even_again_it_is_a_stock_checkpoint_again(name, by, odd, tmp_path):
-    _, family, folder = odd(name)
+def test_even_again_it_is_a_stock_checkpoint_again(name, by, uneven, plugins, tmp_path):
+    _, folder = uneven(name)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    decoder = Decoder.of(model, plugins.families)
     if by == "layers":
         cuts = Cuts(layers=(1, 2, 4, 5))  # the protected ones go
     else:
-        shape = family.shape(model)
-        narrowest = {
-            "width": min((layer.width for layer in shape.layers if layer.width), default=None),
-            "expert_width": min((layer.expert_width for layer in shape.layers if layer.expert_width), default=None),
+        layers = decoder.shape().layers
+        units = {
+            name: [layer.units(name) for layer in layers if layer.units(name)] for name in ("channels", "experts")
         }
-        cuts = conformance.cuts_to(model, family, conformance.first, **narrowest)
-    conformance.cut(model, family, cuts)
+        narrowest = {name: min(found) for name, found in units.items() if found}
+        cuts = conformance.cuts_to(decoder, conformance.first, narrowest)
+    conformance.cut(decoder, cuts)
     stock = type(tiny.model(name))
     assert type(model) is stock
     found = conformance.reloads_exactly(model, tmp_path, WINDOWS)
@@ -276,21 +281,18 @@ def test_even_again_it_is_a_stock_checkpoint_again(name, by, odd, tmp_path):
 def test_cutting_one_model_leaves_other_models_of_its_architecture_alone(plugins):
     bystander = tiny.model("llama")
     before = conformance.logits(bystander, WINDOWS)
-    odd_model("llama", plugins, "both")
+    uneven_model("llama", plugins, "both")
     assert bystander.config.model_type == "llama"
     assert torch.equal(conformance.logits(bystander, WINDOWS), before)
     assert type(tiny.model("llama")) is type(bystander)
 
 
 def test_every_layer_may_differ_from_every_other(plugins, tmp_path):
-    model = tiny.model("llama")
-    family = find_family(model.config, plugins.families)
-    expected = Cuts(
-        channels={index: tuple(range(0, tiny.WIDTH, index + 1)) for index in range(tiny.LAYERS)},
-        heads={2: (1,), 4: (0,)},
-    )
-    masked = conformance.with_masked(model, family, expected, WINDOWS)
-    conformance.cut(model, family, expected)
-    assert len(set(family.shape(model).layers)) == tiny.LAYERS
-    assert_close(conformance.logits(model, WINDOWS), masked, rtol=1e-5, atol=1e-5)
-    conformance.generates_as_it_scores(conformance.reloads_exactly(model, tmp_path, WINDOWS), WINDOWS)
+    decoder = Decoder.of(tiny.model("llama"), plugins.families)
+    channels = {index: tuple(range(0, tiny.WIDTH, index + 1)) for index in range(tiny.LAYERS)}
+    cuts = Cuts.along("channels", channels).merge(Cuts.along("heads", {2: (1,), 4: (0,)}))
+    masked = conformance.with_masked(decoder, cuts, WINDOWS)
+    conformance.cut(decoder, cuts)
+    assert len(set(decoder.shape().layers)) == tiny.LAYERS
+    assert_close(conformance.logits(decoder.model, WINDOWS), masked, rtol=1e-5, atol=1e-5)
+    conformance.generates_as_it_scores(conformance.reloads_exactly(decoder.model, tmp_path, WINDOWS), WINDOWS)
