@@ -242,8 +242,13 @@ TIED = (
 
 
 def model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model whose layers all matter: large weights, no bias or norm at its initial value."""
-    built = FAMILIES[family]().eval()
+    """A model whose layers all matter."""
+    return filled(FAMILIES[family](), seed)
+
+
+def filled(built: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """A model that was just made, with large weights, and no bias or norm at its initial value."""
+    built.eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in built.parameters():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
+from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -97,10 +98,8 @@ def size_of_unit(module: nn.Module, width: int) -> int:
 def _find_channels(family: Family, layer: nn.Module, config: PreTrainedConfig) -> Axis | None:
     if _experts_of(family, layer) is not None:
         return None
-    where = {"units_are": "channels of the FFN", "place": "FFN"}
-    return _channels(
-        family, layer, family.feed_forward, name="channels", fields={family.feed_forward.width: 1}, **where
-    )
+    where = {"fields": {family.feed_forward.width: 1}, "units_are": "channels of the FFN", "place": "FFN"}
+    return _channels(family, layer, family.feed_forward, name="channels", **where)
 
 
 def _channels(family: Family, layer: nn.Module, feed_forward: FeedForward, **about: Any) -> Axis:
@@ -142,7 +141,8 @@ def _find_expert_channels(family: Family, layer: nn.Module, config: PreTrainedCo
         output=output,
         fields={experts.width: 1},
         groups=count,
-        active=min((getattr(config, experts.chosen, None) or 1) / count, 1.0),
+        grouped_by="whole_experts",
+        chosen=getattr(config, experts.chosen, None) or 1,
         multiple=ROWS_OF_16_BYTES,
         observed=(experts.module, partial(_routed, experts.inputs)),
         units_are="channels of an expert",
@@ -177,24 +177,30 @@ def _find_whole_experts(family: Family, layer: nn.Module, config: PreTrainedConf
     experts = _experts_of(family, layer)
     if experts is None:
         return None
-    module, router = family.module(layer, experts.module), family.module(layer, experts.router)
-    parts = {experts.module: module, experts.router: router}
+    parts = {path: family.module(layer, path) for path in (experts.module, experts.router)}
     members = tuple(
         Member(f"{path}.{name}", 0)
         for path, part in parts.items()
         for name, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
     )
     count = layer.get_parameter(f"{experts.module}.{experts.output}").shape[0]
-    step, fewest = getattr(config, experts.router_groups, None) or 1, getattr(config, experts.chosen, None) or 1
     return Axis(
         name="whole_experts",
         units=count,
         members=members,
         fields={experts.count: 1},
-        possible=tuple(n for n in range(step, count + 1, step) if n >= fewest),
+        possible=_possible_experts(experts, config, count),
         units_are="experts",
         place="mixture",
     )
+
+
+def _possible_experts(experts: Experts, config: PreTrainedConfig, count: int) -> tuple[int, ...]:
+    """How many experts may be left: as many in each of the router's groups, and enough to choose from."""
+    names = (experts.chosen, experts.router_groups, experts.chosen_groups)
+    chosen, groups, among = (getattr(config, name, None) or 1 for name in names)
+    fewest = chosen if groups == 1 else max(ceil(chosen / among), 2)  # a group is scored by its two best
+    return tuple(range(fewest * groups, count + 1, groups))
 
 
 # Where units lie in a linear module

@@ -61,8 +61,10 @@ class Axis:
     """Fields that a config computes from the number of units where it does not say them, with what they must stay."""
     groups: int = 0
     """Where the units are those of several experts in one parameter: how many. Each keeps its own, and as many as the others."""
-    active: float = 1.0
-    """Of the groups, the fraction that a token goes through."""
+    grouped_by: str = ""
+    """The axis whose units these groups are."""
+    chosen: int = 0
+    """Through how many of the groups a token goes."""
     possible: Indices | None = None
     """The numbers of units that a config can say, if it cannot say them all."""
     multiple: int = 1

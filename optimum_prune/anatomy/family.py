@@ -79,6 +79,8 @@ class Experts:
     """The config field that says through how many of them a token goes."""
     router_groups: str = "n_group"
     """The config field that says into how many groups of one size the router divides them, where a config has it."""
+    chosen_groups: str = "topk_group"
+    """The config field that says among how many of these groups it chooses."""
     shared: FeedForward | None = None
     """Experts through which every token goes, as one FFN."""
 

@@ -29,8 +29,10 @@ class AxisShape:
     """Features that a unit puts in front of its block's output; 0 if it does not lie there."""
     groups: int = 0
     """Experts that each have so many units; 0 where they are no experts'."""
-    active: float = 1.0
-    """Of these experts, the fraction that a token goes through."""
+    grouped_by: str = ""
+    """The axis whose units these experts are."""
+    chosen: int = 0
+    """Through how many of these experts a token goes."""
     possible: Indices | None = field(default=None, compare=False)
     """The numbers of units that a config can say, if it cannot say them all. Not a size, and for `hidden` a matter of how many heads
     there are: foreseen from a larger model, there may be fewer of them than the smaller one has."""
@@ -56,10 +58,15 @@ class AxisShape:
         counts = range(1, self.units) if self.possible is None else self.possible
         return tuple(count for count in counts if count < self.units)
 
-    def narrowed(self, units: int) -> AxisShape:
-        """With fewer units."""
+    @property
+    def active(self) -> float:
+        """Of these experts, the fraction that a token goes through."""
+        return min(self.chosen / self.groups, 1.0) if self.groups else 1.0
+
+    def narrowed(self, units: int, groups: int) -> AxisShape:
+        """With fewer units, and of so many experts where it has these."""
         possible = None if self.possible is None else tuple(count for count in self.possible if count <= units)
-        return replace(self, units=units, possible=possible)
+        return replace(self, units=units, groups=groups, possible=possible)
 
     def describe(self) -> str:
         """Its number of units, such as `1280` or `experts 512`."""
@@ -118,9 +125,11 @@ class LayerShape:
 
     def narrowed(self, units: Mapping[str, int]) -> LayerShape:
         """With other numbers of units, by axis, and the parameters that follow; what is not there is passed over."""
-        return replace(
-            self, axes=tuple(axis.narrowed(units[axis.name]) if axis.name in units else axis for axis in self.axes)
+        narrowed = (
+            axis.narrowed(units.get(axis.name, axis.units), units.get(axis.grouped_by, axis.groups))
+            for axis in self.axes
         )
+        return replace(self, axes=tuple(narrowed))
 
     def of_size(self, parameters: int) -> LayerShape:
         """With so many parameters, for reasons that are no axis's."""

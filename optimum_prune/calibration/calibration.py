@@ -26,14 +26,14 @@ T = TypeVar("T")
 class Once(Protocol):
     """Where what takes long is kept once it is computed, so that a run that was killed does not compute it again."""
 
-    def once(self, what: str, compute: Callable[[], T]) -> T:
+    def once(self, what: str, compute: Callable[[], T], /) -> T:
         """What `compute` returns, or what was kept under this name."""
 
 
 class NoJournal:
     """Keeps nothing."""
 
-    def once(self, what: str, compute: Callable[[], T]) -> T:
+    def once(self, _: str, compute: Callable[[], T], /) -> T:
         """What `compute` returns."""
         return compute()
 

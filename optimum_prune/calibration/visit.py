@@ -97,6 +97,7 @@ class LayerVisit:
     def _observe(self, axis: Axis, add: Callable[[Tensor], None]) -> None:
         """Observes the inputs of an axis's output, and keeps them if its block ends there."""
         self._answers.pop(axis.block, None)  # or the block would answer instead of computing them
+        self._inputs.pop(axis.block, None)
         inputs = list(self._inputs_of(axis.output, add))
         if axis.output == self.layer.output_of(axis.block):
             self._inputs[axis.block] = inputs

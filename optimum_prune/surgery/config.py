@@ -15,7 +15,6 @@ from optimum_prune.anatomy.decoder import Decoder, DecoderLayer
 from optimum_prune.anatomy.family import Family
 from optimum_prune.anatomy.shape import BLOCKS
 from optimum_prune.errors import SurgeryError, reason
-from optimum_prune.surgery.modeling_pruned import LayerConfig, sync_cache, to_heterogeneous, to_stock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -59,6 +58,8 @@ def sync_config(decoder: Decoder) -> None:
     Raises:
         SurgeryError: the config cannot say it.
     """
+    from optimum_prune.surgery.modeling_pruned import sync_cache, to_stock
+
     text, layers = decoder.config, decoder.layers
     fields = [layer.fields() for layer in layers]
     common = {name: max(own[name] for own in fields if name in own) for name in {}.fromkeys(chain(*fields))}
@@ -94,6 +95,8 @@ def _pinned(layers: Sequence[DecoderLayer], config: PreTrainedConfig) -> dict[st
 
 def _make_heterogeneous(decoder: Decoder, owned: list[dict[str, Any]]) -> None:
     """Makes a model one whose layers have fields of the config for themselves."""
+    from optimum_prune.surgery.modeling_pruned import to_heterogeneous
+
     family, first = decoder.family, decoder.layer(0)
     try:
         blocks = {block: list(first.modules_of(block)) for block in BLOCKS}
@@ -113,6 +116,8 @@ def follow_config(layer: DecoderLayer) -> None:
     Raises:
         SurgeryError: a layer made from that config would have other parameters.
     """
+    from optimum_prune.surgery.modeling_pruned import LayerConfig
+
     text = layer.config
     own = {name: value for name, value in layer.fields().items() if getattr(text, name) != value} | layer.pinned(text)
     config = LayerConfig(text, own) if own else text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -14,7 +15,6 @@ from optimum_prune.anatomy.decoder import Decoder, DecoderLayer
 from optimum_prune.errors import SurgeryError
 from optimum_prune.surgery.config import follow_config, follow_hidden, keep_layers_in_config
 from optimum_prune.surgery.cuts import Cuts, Decision
-from optimum_prune.surgery.modeling_pruned import leave_out
 
 
 def carry_out(decoder: Decoder, decision: Decision) -> None:
@@ -98,6 +98,8 @@ def keep_blocks(layer: DecoderLayer, kept: Sequence[str]) -> None:
     Raises:
         SurgeryError: none would be left, or there is no such block.
     """
+    from optimum_prune.surgery.modeling_pruned import leave_out
+
     blocks = layer.blocks
     if not kept or not set(kept) <= set(blocks):
         raise SurgeryError(
@@ -125,15 +127,20 @@ def keep(root: nn.Module, axis: Axis, kept: Units) -> None:
             f"{count} {axis.units_are} are to be kept, and the architecture allows {', '.join(map(str, axis.possible))} only."
         )
     chosen = torch.tensor(kept)
+    places = defaultdict[int, list[str]](list)  # of each parameter, since some are tied
+    for path, parameter in root.named_parameters(remove_duplicate=False):
+        places[id(parameter)].append(path)
+    by_path = {path: paths for paths in places.values() for path in paths}
     for member in axis.members:
-        _keep(root, member, member.features(chosen, axis.units))
+        value = _kept(root, member, member.features(chosen, axis.units))
+        for path in by_path.get(member.path, [member.path]):
+            _put(root, path, value)
 
 
-def _keep(root: nn.Module, member: Member, index: Tensor) -> None:
-    """Keeps these features along the dimension of a parameter or buffer; what its module says of its sizes follows."""
+def _kept(root: nn.Module, member: Member, index: Tensor) -> Tensor:
+    """A parameter or buffer with these features along its dimension."""
     parent, _, name = member.path.rpartition(".")
-    module = root.get_submodule(parent)
-    old: Tensor = getattr(module, name)
+    old: Tensor = getattr(root.get_submodule(parent), name)
     index = index.to(old.device)
     if index.ndim == 2:  # a row for each group along the first dimension
         view = [1] * old.ndim
@@ -143,7 +150,14 @@ def _keep(root: nn.Module, member: Member, index: Tensor) -> None:
         value = old.detach().gather(member.dim, index.view(view).expand(shape))
     else:
         value = old.detach().index_select(member.dim, index)
-    setattr(module, name, nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value)
+    return nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
+
+
+def _put(root: nn.Module, path: str, value: Tensor) -> None:
+    """Puts a parameter or buffer in its place; what its module says of its sizes follows."""
+    parent, _, name = path.rpartition(".")
+    module = root.get_submodule(parent)
+    setattr(module, name, value)
     if name == "weight" and value.ndim == 2:
         _follow_weight(module, value)
 

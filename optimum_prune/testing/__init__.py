@@ -4,7 +4,15 @@
 """
 
 from optimum_prune.testing.conversions import check_conversion
-from optimum_prune.testing.cutting import at_random, cut, cuts_to, first, with_layers_skipped, with_masked
+from optimum_prune.testing.cutting import (
+    at_random,
+    cut,
+    cuts_to,
+    first,
+    with_blocks_silenced,
+    with_layers_skipped,
+    with_masked,
+)
 from optimum_prune.testing.families import check_family, layers_are_numbered
 from optimum_prune.testing.models import (
     decoded_logits,
@@ -34,6 +42,7 @@ __all__ = [
     "random_windows",
     "reloads_exactly",
     "stays_tied",
+    "with_blocks_silenced",
     "with_layers_skipped",
     "with_masked",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from optimum_prune.anatomy.axis import Units
 from optimum_prune.anatomy.decoder import Decoder
+from optimum_prune.calibration.stand_ins import silenced
 from optimum_prune.surgery.config import sync_config
 from optimum_prune.surgery.cuts import Cuts, Decision
 from optimum_prune.surgery.operation import carry_out
@@ -68,6 +69,17 @@ def with_layers_skipped(decoder: Decoder, gone: Iterable[int], windows: Windows)
     with ExitStack() as stack:
         for index in gone:
             stack.callback(decoder.modules[index].register_forward_hook(hand_on, with_kwargs=True).remove)
+        return logits(decoder.model, windows)
+
+
+def with_blocks_silenced(
+    decoder: Decoder, gone: Mapping[int, Iterable[str]], windows: Windows
+) -> Float[Tensor, "w t v"]:
+    """Logits of the whole model, where some blocks of some layers put out zeros."""
+    with ExitStack() as stack:
+        for index, blocks in gone.items():
+            for block in blocks:
+                stack.enter_context(silenced(decoder.layer(index), block))
         return logits(decoder.model, windows)
 
 

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch.testing import assert_close
 
 from optimum_prune.anatomy.decoder import Decoder
@@ -14,6 +15,9 @@ from optimum_prune.hooks.plugins import Plugins, load
 from optimum_prune.passes.outcome import Outcome
 from optimum_prune.passes.prune import PrunePass
 from optimum_prune.run.pruning import prune
+from optimum_prune.surgery.config import sync_config
+from optimum_prune.surgery.cuts import Cuts
+from optimum_prune.surgery.operation import carry_out
 from optimum_prune.testing.models import generates_as_it_scores, logits, random_windows, reloads_exactly
 from optimum_prune.text.windows import Windows
 
@@ -29,8 +33,8 @@ def pruned(step: PrunePass, decoder: Decoder, windows: Windows, plugins: Plugins
 def check_pass(step: PrunePass, model: PreTrainedModel, folder: Path) -> Outcome:
     """Checks a pruning pass on a small model in float32, which stays as it is.
 
-    It must leave what it foresees, decide the same each time, and leave a model that reloads with the very same logits and
-    generates as it scores.
+    It must change nothing itself, leave what it foresees, decide the same each time, and leave a model that reloads with the very
+    same logits and generates as it scores.
 
     Args:
         folder: an empty folder for a checkpoint.
@@ -41,16 +45,31 @@ def check_pass(step: PrunePass, model: PreTrainedModel, folder: Path) -> Outcome
     """
     plugins = load()
     windows = random_windows(model.config.get_text_config().vocab_size)
-    outcomes, models = [], []
-    for _ in range(2):
-        decoder = Decoder.of(copy.deepcopy(model).eval(), plugins.families)
-        foreseen = step.foresee(decoder.shape())
-        outcomes.append(pruned(step, decoder, windows, plugins))
-        models.append(decoder.model)
-        if step.foresees_layers:
-            left = len(decoder)
-            assert left == len(foreseen.layers), f"{left} layers are left, and {len(foreseen.layers)} were foreseen."
-    assert outcomes[0].cuts == outcomes[1].cuts, "It decides another way each time."
-    assert_close(logits(models[0], windows), logits(models[1], windows), rtol=0, atol=0)
-    generates_as_it_scores(reloads_exactly(models[0], folder, windows), windows)
-    return outcomes[0]
+    decoder, again = (Decoder.of(copy.deepcopy(model).eval(), plugins.families) for _ in range(2))
+    foreseen = step.foresee(decoder.shape())
+    outcome = pruned(step, decoder, windows, plugins)
+    if step.foresees_layers:
+        left = len(decoder)
+        assert left == len(foreseen.layers), f"{left} layers are left, and {len(foreseen.layers)} were foreseen."
+    assert outcome.cuts == _decided_alone(step, again, windows), "It decides another way each time."
+    assert_close(logits(decoder.model, windows), logits(again.model, windows), rtol=0, atol=0)
+    generates_as_it_scores(reloads_exactly(decoder.model, folder, windows), windows)
+    return outcome
+
+
+def _decided_alone(step: PrunePass, decoder: Decoder, windows: Windows) -> Cuts:
+    """What a pass decides, which is carried out; it must change no weight itself."""
+    cuts, decisions = Cuts(), step.decide(decoder, Calibration(windows))
+    while True:
+        before = {name: value.detach().clone() for name, value in decoder.model.named_parameters()}
+        decision = next(decisions, None)
+        for name, value in decoder.model.named_parameters():
+            same = name in before and torch.equal(value, before[name])
+            assert same, (
+                f"It changed '{name}' itself, where it is to decide only, and to give new weights with its decision."
+            )
+        if decision is None:
+            sync_config(decoder)
+            return cuts
+        carry_out(decoder, decision)
+        cuts = cuts.merge(decision.cuts)
