@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,18 +22,18 @@ from pathlib import Path
 from typing import Any
 
 from optimum_prune.errors import OptimumPruneError, OutputError, RecipeError
-from optimum_prune.machine.processes import runs, started_at
 from optimum_prune.run.journal import Journal
+from optimum_prune.run.ownership import check_unfinished
 
 STATE = "state.json"
 """In the folder: what its checkpoint is."""
 JOURNAL, BEGUN = "journal", "begun.json"
 """In the folder: that of the journal, and in this, what it is of."""
-CLOCKS = 60.0
-"""Seconds by which the clocks of processes and files may disagree."""
+CHECKPOINT = re.compile(r"\d+-[\w.-]+")
+"""The names of checkpoints in the folder."""
 
-Passes = Sequence[tuple[str, Mapping[str, Any]]]
-"""Names and options of passes."""
+Passes = Sequence[tuple[str, Mapping[str, Any], str]]
+"""Names and options of passes, and the fingerprints of their code."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Unfinished:
     """
 
     def __init__(self, output: Path, identity: Mapping[str, str | None]) -> None:
-        self.folder = output.absolute().with_name(f"{output.name}.unfinished")
-        self._identity = dict(identity)
+        self.folder = unfinished_folder(output)
+        self.identity = dict(identity)
         self._journal: Journal | None = None
         self._saved = False
 
@@ -69,12 +70,11 @@ class Unfinished:
 
         Raises:
             RecipeError: it is of another run, and is to be gone on with.
-            OutputError: another process is at work there.
+            OutputError: what is there is not ours.
         """
+        check_unfinished(self.folder)
         state, begun = self._read(), self._begun()
         there = [known for known in (state, begun) if known is not None]
-        self._check_owner(STATE, state)
-        self._check_owner(f"{JOURNAL}/{BEGUN}", begun)
         fitting = [known for known in there if not self._changed(known, passes)]
         if state in fitting:
             self._saved = True
@@ -94,12 +94,12 @@ class Unfinished:
             None if nobody could go on from it, since nothing tells whether the model is the same.
 
         Raises:
-            OutputError: another process is at work there.
+            OutputError: what is there is not ours.
         """
-        if None in self._identity.values():
+        check_unfinished(self.folder)
+        if None in self.identity.values():
             return None
         folder, begun = self.folder / JOURNAL, self._begun()
-        self._check_owner(f"{JOURNAL}/{BEGUN}", begun)
         if begun is None or self._changed(begun, passes):
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ class Unfinished:
     def _known(self, passes: Passes) -> dict[str, Any]:
         """What tells whether another run may go on from here, and who is at work."""
         return {
-            "identity": self._identity,
+            "identity": self.identity,
             "passes": [list(step) for step in passes],
             "process": [socket.gethostname(), os.getpid()],
         }
@@ -118,11 +118,12 @@ class Unfinished:
     def _changed(self, known: Mapping[str, Any], passes: Passes) -> list[str]:
         """What differs between what is here and what is asked for."""
         changed = [
-            what for what, value in self._identity.items() if value is None or known["identity"].get(what) != value
+            what for what, value in self.identity.items() if value is None or known["identity"].get(what) != value
         ]
         there, wanted = known["passes"], json.loads(json.dumps([list(step) for step in passes]))
         if there != wanted[: len(there)]:
-            changed.append("the options of its passes")
+            same = [step[:2] for step in there] == [step[:2] for step in wanted[: len(there)]]
+            changed.append("the code of its passes" if same else "the options of its passes")
         return changed
 
     def save(self, checkpoint: Path, passes: Passes, facts: Mapping[str, Any]) -> Path:
@@ -144,8 +145,14 @@ class Unfinished:
                 shutil.rmtree(entry, ignore_errors=True)
         return place
 
+    def forget(self) -> None:
+        """Lets nothing be gone on from: what is kept was changed by somebody else."""
+        self._journal, self._saved = None, False
+        self.remove()
+
     def remove(self) -> None:
         """Removes the folder, when the run is done."""
+        check_unfinished(self.folder)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextmanager
@@ -186,38 +193,40 @@ class Unfinished:
         state = self._read() if self._saved else None
         if state is None:
             return ""
-        done = ", ".join(name for name, _ in state["passes"])
+        done = ", ".join(name for name, *_ in state["passes"])
         return (
             f"The checkpoint after {done or 'loading'} is kept in {self.folder / state['checkpoint']}; the same command, with the rest of "
             f"the recipe mended, goes on from there."
         )
 
     def _read(self) -> Any:
-        try:
-            state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-            whole = (self.folder / state["checkpoint"] / "config.json").is_file()
-        except (OSError, ValueError, KeyError, TypeError):  # none, or damaged by something else
+        """What the checkpoint here is of, if there is one."""
+        state = _known_in(self.folder / STATE, {"checkpoint": str, "facts": dict})
+        if state is None or not CHECKPOINT.fullmatch(state["checkpoint"]):
             return None
-        return state if whole else None
+        checkpoint = self.folder / state["checkpoint"]
+        return state if not checkpoint.is_symlink() and (checkpoint / "config.json").is_file() else None
 
     def _begun(self) -> Any:
         """What the journal is of, if there is one."""
-        try:
-            begun = json.loads((self.folder / JOURNAL / BEGUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-        return begun if {"identity", "passes", "process"} <= begun.keys() else None
+        return _known_in(self.folder / JOURNAL / BEGUN)
 
-    def _check_owner(self, name: str, known: Mapping[str, Any] | None) -> None:
-        """Raises an error if the process that wrote a file of this folder is still there, and not another by its number."""
-        if known is None:
-            return
-        host, process = known["process"]
-        if host != socket.gethostname() or process == os.getpid() or not runs(process):
-            return
-        if started_at(process) > (self.folder / name).stat().st_mtime + CLOCKS:
-            return
-        raise OutputError(f"The process {process} is at work on {self.folder}. Wait for it, or name another --output.")
+
+def unfinished_folder(output: Path) -> Path:
+    """Where what is unfinished of a run with this output is kept."""
+    return output.absolute().with_name(f"{output.name}.unfinished")
+
+
+def _known_in(file: Path, more: Mapping[str, type] | None = None) -> Any:
+    """What a file says of a run that wrote it; None if none did, whatever it holds."""
+    kinds = {"identity": dict, "passes": list, **(more or {})}
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        steps = [(str(name), dict(options)) for name, options, _ in plain["passes"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or something else's
+        return None
+    fits = steps is not None and all(isinstance(plain.get(name), kind) for name, kind in kinds.items())
+    return plain if fits else None
 
 
 def _write(file: Path, plain: Mapping[str, Any]) -> None:
