@@ -6,24 +6,28 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
-
-from optimum_prune.conversion.interpreter import check_libraries
-from optimum_prune.errors import RecipeError, unknown
+from optimum_prune.conversion.interpreter import check_allowed, check_libraries
+from optimum_prune.errors import RecipeError, shown, unknown
 from optimum_prune.hooks.plugins import Plugins
-from optimum_prune.options import as_plain, build, option
+from optimum_prune.machine import given_files, strict_yaml
+from optimum_prune.options import LARGEST, as_plain, build, check_options, option
 from optimum_prune.passes.base import Pass, Stage
 from optimum_prune.passes.folder import FolderPass
 from optimum_prune.text.text import Text, texts_to_use
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
+LARGEST_SEED = 2**32 - 1
+"""The largest that numpy takes, by which some libraries draw."""
+SMALLEST = 10**6
+"""A size in bytes below this is meant in another unit, if none is given; 0 is none at all."""
 UNITS = {
     "": 1,
+    "B": 1,
     "KIB": 2**10,
     "MIB": 2**20,
     "GIB": 2**30,
@@ -44,8 +48,23 @@ def size_of(text: str) -> int:
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)B?", text.strip())
     if match is None or match[2].upper() not in UNITS:
-        raise RecipeError(f"The memory {text!r} is no size. Give a number with a unit, such as 8GiB or 500MB.")
-    return int(float(match[1]) * UNITS[match[2].upper()])
+        raise RecipeError(f"The memory {shown(text)} is no size. Give a number with a unit, such as 8GiB or 500MB.")
+    size = float(match[1]) * UNITS[match[2].upper()]
+    if size > LARGEST:
+        raise RecipeError(
+            f"The memory {shown(text)} is more than any machine has. Give less, or nothing for all of it."
+        )
+    return int(size)
+
+
+def _check_unit(memory: str) -> None:
+    """Refuses a size in bytes that is hardly meant."""
+    size = size_of(memory)
+    if memory.strip().isdigit() and 0 < size < SMALLEST:
+        likely = "GiB" if size <= 2**10 else "MiB"
+        raise RecipeError(
+            f"The memory {memory} is {size} bytes, which hold nothing. Did you mean {size}{likely}? Give the unit."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,11 +72,11 @@ class Settings:
     """The settings of a run: on what model, where and how it computes.
 
     Raises:
-        RecipeError: `memory` is no size.
+        RecipeError: an option has a value that it cannot have.
     """
 
     model: str | None = option("A folder, a Hub id, or a .gguf file.", None)
-    seed: int = option("Seed of every random choice.", 0)
+    seed: int = option("Seed of every random choice.", 0, at_least=0, at_most=LARGEST_SEED)
     dtype: DType = option("Data type to load and save the model in; auto is the checkpoint's own.", "auto")
     device: str = option(
         "Where to compute: cpu, cuda, cuda:1, mps, xpu; auto is an accelerator if there is one.", "auto"
@@ -67,15 +86,17 @@ class Settings:
         None,
     )
     memory: str | None = option(
-        "How much of the windows' activations to keep in memory, such as 8GiB; the rest goes to disk. If not given, all of them, or nothing with "
-        "offload.",
+        "How much of the windows' activations to keep in memory, such as 8GiB, 500MB or 1000000 (bytes); the rest goes to disk. If not given, "
+        "all of them, or nothing with offload.",
         None,
+        or_number=True,
     )
     trust_remote_code: bool = option("Run modelling code that comes with the checkpoint.", False)
 
     def __post_init__(self) -> None:
+        check_options(self, "the settings")
         if self.memory is not None:
-            size_of(self.memory)
+            _check_unit(self.memory)
 
     def activation_budget(self, offloads: bool) -> float:
         """Bytes of activations to keep in memory.
@@ -102,14 +123,27 @@ class Recipe:
     evaluation: Text = Text()
     """What is reported on; if it names no text, the end of the calibration text."""
     settings: Settings = Settings()
+    file: Path | None = dataclasses.field(default=None, compare=False)
+    """Where it was read from, if it was."""
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         if not self.passes:
             raise RecipeError("The recipe has no pass. Name at least one under 'passes'.")
         _check_order(self.passes)
         for step in self.passes:
             check_libraries(step)
         texts_to_use(self.calibration, self.evaluation)
+
+    def _check_kinds(self) -> None:
+        """Refuses parts of another kind than their own, and takes any sequence of passes for a tuple."""
+        passes = tuple(self.passes) if isinstance(self.passes, Iterable) else (self.passes,)
+        kinds: list[tuple[type, object]] = [(Pass, step) for step in passes]
+        kinds += [(Text, self.calibration), (Text, self.evaluation), (Settings, self.settings)]
+        for kind, part in kinds:
+            if not isinstance(part, kind):
+                raise RecipeError(f"The recipe has {shown(part)} where a {kind.__name__} should be. Give one.")
+        object.__setattr__(self, "passes", passes)
 
     @property
     def in_memory(self) -> tuple[Pass, ...]:
@@ -121,30 +155,49 @@ class Recipe:
         """The passes from folder to folder: the others."""
         return tuple(cast(FolderPass, step) for step in self.passes if not step.stage.in_memory)
 
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """The files and folders of this machine that a run of it reads."""
+        named = (self.calibration.text, self.evaluation.text, self.settings.model)
+        paths = (self.file, *(given_files.path_of(each) for each in named if each is not None))
+        return tuple(path for path in paths if path is not None and given_files.is_there(path))
+
     @classmethod
-    def from_yaml(cls, path: str | Path, plugins: Plugins) -> Recipe:
+    def from_yaml(
+        cls, path: str | Path, plugins: Plugins, *, trust_remote_code: bool = False, allow_interpreters: bool = False
+    ) -> Recipe:
         """The recipe in a YAML file.
 
         Raises:
-            RecipeError: the file cannot be read, is not YAML, or constructs objects; what `from_dict` raises.
+            RecipeError: the file cannot be read, or is no plain YAML; what `from_dict` raises.
         """
+        if not isinstance(path, (str, Path)):
+            raise RecipeError(f"The recipe {shown(path)} is no name of a file. Name a YAML file.")
+        file = given_files.path_of(path)
+        flaw = given_files.flaw(file, piped=True)
         try:
-            plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            plain = None if flaw else strict_yaml.load(given_files.beginning(file, strict_yaml.LONGEST + 1))
         except OSError as error:
-            raise RecipeError(f"The recipe {path} cannot be read: {error.strerror}. Name a YAML file.") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise RecipeError(
-                f"The recipe {path} is not plain YAML: {reason}. Mend it; tags are not allowed."
-            ) from error
-        return cls.from_dict(plain, plugins)
+            flaw = f"gives an error ({error.strerror})"
+        except strict_yaml.StrictYamlError as error:
+            raise RecipeError(f"The recipe {path} is not plain YAML: {error}. Mend it.") from error
+        if flaw:
+            raise RecipeError(f"The recipe {path} cannot be read: it {flaw}. Name a YAML file.")
+        allowed = {"trust_remote_code": trust_remote_code, "allow_interpreters": allow_interpreters}
+        return dataclasses.replace(cls.from_dict(plain, plugins, **allowed), file=file)
 
     @classmethod
-    def from_dict(cls, plain: object, plugins: Plugins) -> Recipe:
+    def from_dict(
+        cls, plain: object, plugins: Plugins, *, trust_remote_code: bool = False, allow_interpreters: bool = False
+    ) -> Recipe:
         """The recipe in plain data: the passes, calibration and evaluation, and the settings at the top level.
 
+        Args:
+            trust_remote_code: whether it may say so itself.
+            allow_interpreters: whether its passes may name interpreters to run in.
+
         Raises:
-            RecipeError: a key, option or value that is not known or not right.
+            RecipeError: a key, option or value that is not known or not right, or something that runs and is not allowed to.
             PluginError: a pass that nobody provides.
         """
         if not isinstance(plain, Mapping):
@@ -161,11 +214,20 @@ class Recipe:
         steps = plain.get("passes")
         if not isinstance(steps, Sequence) or isinstance(steps, str):
             raise RecipeError("The recipe needs a list of 'passes', such as `- depth: {layers: 2}`.")
+        settings = build(Settings, {key: plain[key] for key in names if key in plain}, "the recipe")
+        passes = tuple(pass_from(step, plugins) for step in steps)
+        if settings.trust_remote_code and not trust_remote_code:
+            raise RecipeError(
+                "The recipe lets code that comes with the checkpoint run (trust_remote_code), which a recipe cannot decide by itself. If you "
+                "trust that checkpoint, add --trust-remote-code."
+            )
+        for step in passes if not allow_interpreters else ():
+            check_allowed(step)
         return cls(
-            passes=tuple(pass_from(step, plugins) for step in steps),
+            passes=passes,
             calibration=build(Text, plain.get("calibration"), "calibration"),
             evaluation=build(Text, plain.get("evaluation"), "evaluation"),
-            settings=build(Settings, {key: plain[key] for key in names if key in plain}, "the recipe"),
+            settings=settings,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -179,7 +241,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as YAML that `from_yaml` reads."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        return strict_yaml.dump(self.to_dict())
 
 
 def _check_order(passes: Sequence[Pass]) -> None:
@@ -209,7 +271,7 @@ def pass_from(step: object, plugins: Plugins) -> Pass:
         step = {step: {}}
     if not isinstance(step, Mapping) or len(step) != 1:
         raise RecipeError(
-            f"A pass is written as `- name` or `- name: {{option: value}}`, and this is neither: {step!r}."
+            f"A pass is written as `- name` or `- name: {{option: value}}`, and this is neither: {shown(step)}."
         )
     ((name, options),) = step.items()
     return build(plugins.pass_named(str(name)), options, f"pass '{name}'")

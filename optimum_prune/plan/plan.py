@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +44,11 @@ class Plan:
     """The windows that are asked for to choose by."""
     evaluation: Wanted
     """The windows that are asked for to report on."""
+
+    @property
+    def resolved(self) -> Recipe:
+        """The recipe with the model that it is carried out on."""
+        return replace(self.recipe, settings=replace(self.recipe.settings, model=self.source.name))
 
     @property
     def config(self) -> PreTrainedConfig:

@@ -14,6 +14,9 @@ from optimum_prune.anatomy.counts import count_parameters
 from optimum_prune.anatomy.family import Family, find_family
 from optimum_prune.checkpoint import loading, opening, saving
 from optimum_prune.checkpoint.opening import meta_model
+from optimum_prune.checkpoint.quiet import quietly
+from optimum_prune.checkpoint.soundness import check_sound
+from optimum_prune.checkpoint.taking import COMPUTABLE, taken
 from optimum_prune.errors import CheckpointError, RecipeError, reason
 from optimum_prune.machine.mapped_weights import MappedWeights
 from optimum_prune.machine.progress import Progress
@@ -48,10 +51,27 @@ class ModelSource:
     """Whether loading it takes memory that the system cannot take back: tensors that no file is mapped to."""
 
     @classmethod
-    def of_model(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> ModelSource:
-        """A caller's model in memory, which is changed in place."""
+    def of_model(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, progress: Progress | None = None
+    ) -> ModelSource:
+        """A caller's model in memory, which is changed in place.
+
+        Raises:
+            CheckpointError: it is none that can be pruned as it is.
+        """
+        model = taken(model)
         name = model.name_or_path or type(model).__name__
-        return cls(name, name, model.config, tokenizer, lambda _: model.eval(), in_memory=True)
+        if changed := saving.settle_for_saving(model, name):
+            (progress or Progress()).say(changed)
+        return cls(name, name, model.config, tokenizer, partial(_looked_at, model, name), in_memory=True)
+
+
+def _looked_at(model: PreTrainedModel, name: str, _: MappedWeights | None) -> PreTrainedModel:
+    """A caller's model, in evaluation mode; it was run once, and every weight looked at."""
+    loading.check_resident(model, name)
+    with quietly():
+        check_sound(model.eval(), name)
+    return model
 
 
 def open_source(
@@ -61,6 +81,7 @@ def open_source(
     families: Iterable[Family] | None = None,
     quantized: bool = False,
     config_only: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> ModelSource:
     """The model that settings name, opened.
 
@@ -68,33 +89,80 @@ def open_source(
         families: those of which the model must be; any model will do if not given.
         quantized: whether a model of packed weights will do.
         config_only: whether nothing but its config is read, and it need have nothing else.
+        tokenizer: to be used instead of its own, which it then need not have.
 
     Raises:
         RecipeError: they name none; or where its weights are to be, they cannot be.
         CheckpointError: it cannot be opened.
         FamilyError: it is of none of the families.
     """
+    opened = _opened(settings, families, quantized=quantized)
+    device = device_of(settings)
+    weights = _weights(opened, settings.dtype)
+    _check_offload(settings, opened)
+    offloads = stays_on_disk(settings.offload, weights, Room.around(device))
+    if not config_only:
+        _check_files(opened, offloads)
+        if opened.remark and not quantized:
+            progress.say(opened.remark)
+    return ModelSource(
+        opened.name,
+        opened.source,
+        opened.config,
+        tokenizer=None if config_only else tokenizer or opened.tokenizer(),
+        load=partial(_load, opened, settings.dtype, device, progress),
+        companions=() if config_only else opened.companions(tokenizer=tokenizer is None),
+        offloads=offloads,
+        mappable=weights.mappable and device == "cpu",
+        resident=weights.converted or device != "cpu",
+    )
+
+
+def _opened(settings: Settings, families: Iterable[Family] | None, *, quantized: bool) -> opening.Checkpoint:
+    """The checkpoint that settings name, of one of the families."""
     if settings.model is None:
         raise RecipeError("No model is named. Give one with --model, or as 'model' in the recipe.")
     opened = opening.open_checkpoint(settings.model, settings.trust_remote_code, quantized=quantized)
     if families is not None:
         find_family(opened.config, families)
-    device = device_of(settings)
-    weights = _weights(opened, settings.dtype)
-    offloads = stays_on_disk(settings.offload, weights, Room.around(device))
-    if offloads and not config_only:
-        weight_files(Path(opened.source))
-    return ModelSource(
-        opened.name,
-        opened.source,
-        opened.config,
-        tokenizer=None if config_only else opened.tokenizer(),
-        load=partial(loading.load, opened, settings.dtype, device, progress),
-        companions=() if config_only else opened.companions(),
-        offloads=offloads,
-        mappable=weights.mappable and device == "cpu",
-        resident=weights.converted or device != "cpu",
-    )
+    _check_dtype(opened, settings.dtype)
+    return opened
+
+
+def _load(
+    opened: opening.Checkpoint, dtype: str, device: str, progress: Progress, weights: MappedWeights | None
+) -> PreTrainedModel:
+    """The model of a checkpoint, as it can be saved again."""
+    model = loading.load(opened, dtype, device, progress, weights)
+    if not opened.packed:
+        saving.settle_for_saving(model, opened.name)
+    return model
+
+
+def _check_files(opened: opening.Checkpoint, offloads: bool) -> None:
+    """Refuses a model whose files cannot be read, or not where its weights are to be."""
+    if offloads:
+        weight_files(Path(opened.source), opened.weights_file)
+    loading.check_fits(opened)
+
+
+def _check_dtype(opened: opening.Checkpoint, dtype: str) -> None:
+    """Refuses weights in a dtype in which nothing can be computed, if that is to be kept."""
+    chosen = loading.dtype_of(opened.config, dtype)
+    if chosen not in COMPUTABLE and not opened.packed:
+        raise CheckpointError(
+            f"The weights of {opened.name} are in {str(chosen).removeprefix('torch.')}, in which a model cannot be computed. Give --dtype "
+            f"bfloat16."
+        )
+
+
+def _check_offload(settings: Settings, opened: opening.Checkpoint) -> None:
+    """Refuses to leave weights on disk that are in a .gguf file, where they are packed in a way of its own."""
+    if settings.offload and opened.gguf_file:
+        raise RecipeError(
+            f"The weights of {opened.name} are to stay on disk, and it is a .gguf file, which is unpacked into memory. Save it as safetensors "
+            f"with transformers first, or leave --offload out."
+        )
 
 
 def _weights(opened: opening.Checkpoint, dtype: str) -> Weights:
@@ -103,7 +171,7 @@ def _weights(opened: opening.Checkpoint, dtype: str) -> Weights:
     local = folder.is_dir() and opened.gguf_file is None
     size = saving.bytes_on_disk(folder) if local else 0
     own, chosen = opened.config.dtype, loading.dtype_of(opened.config, dtype)
-    packed = getattr(opened.config, "quantization_config", None) is not None
+    packed = opened.packed
     if not packed and size and own is not None:
         size = size * chosen.itemsize // own.itemsize
     elif not packed:  # they are yet to be fetched, or stored in a form that is not the one in which they are loaded
@@ -112,15 +180,15 @@ def _weights(opened: opening.Checkpoint, dtype: str) -> Weights:
         opened.name,
         size,
         local=local,
-        mappable=local and _has_safetensors(folder),
+        mappable=local and not packed and _has_safetensors(folder, opened.weights_file),
         converted=chosen != (own or chosen) or opened.gguf_file is not None,
     )
 
 
-def _has_safetensors(folder: Path) -> bool:
+def _has_safetensors(folder: Path, named: str | None) -> bool:
     """Whether a checkpoint's folder holds its weights as safetensors; one without any weights is taken to get such."""
     try:
-        return bool(weight_files(folder))
+        return bool(weight_files(folder, named))
     except CheckpointError:
         return saving.bytes_on_disk(folder) == 0
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -74,6 +74,6 @@ def _passes(output: Path, plugins: Plugins) -> list[FolderPass]:
             step = pass_from(plain, plugins)
         except OptimumPruneError:  # not installed, or of another version
             continue
-        if isinstance(step, FolderPass):
-            found.append(step)
+        if not step.stage.in_memory:
+            found.append(cast(FolderPass, step))
     return found

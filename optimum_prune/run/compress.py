@@ -23,8 +23,9 @@ from optimum_prune.run.converting import convert_folders
 from optimum_prune.run.fingerprints import identity
 from optimum_prune.run.in_memory import change_in_memory
 from optimum_prune.run.output import check_output, hidden_output
+from optimum_prune.run.ownership import check_unfinished
 from optimum_prune.run.run import Run
-from optimum_prune.run.unfinished import Unfinished
+from optimum_prune.run.unfinished import Unfinished, unfinished_folder
 from optimum_prune.text.drawing import Reader, draw
 from optimum_prune.text.text import texts_to_use
 from optimum_prune.text.windows import Texts
@@ -57,22 +58,21 @@ def compress(
         OptimumPruneError: whatever a user can mend; then there is no output folder. What was finished by then is kept beside it if
             the same run, or its later passes mended, can go on from there; the message says where.
     """
-    output = Path(output)
+    output = Path(output).expanduser()
     progress = progress if progress is not None and processes.first() else Progress()
     plugins = load_plugins(hooks)
-    check_output(output, overwrite)
+    check_output(output, overwrite, recipe.inputs)
+    check_unfinished(unfinished_folder(output))
     source = source or open_source(recipe.settings, progress, families=plugins.families)
-    with Meter() as meter, hidden_output(output, overwrite, source.source) as hidden:
+    inputs = (*recipe.inputs, *([] if source.source is None else [Path(source.source)]))
+    with Meter() as meter, hidden_output(output, overwrite, inputs) as hidden:
         plan = make_plan(recipe, plugins, source, texts)
         texts = processes.broadcast_from_first(lambda: texts or _drawn(plan, plugins, progress))
-        give_back()  # tokenizing takes much more than tokens do
-        check_texts(texts, plan.config)
-        check_disk(hidden.folder, plan.disk)
         unfinished = Unfinished(output, identity(plan, texts))
-        report = _carried_out(Run(plan, texts, plugins, hidden, unfinished, progress, meter), resume)
+        run = Run(plan, texts, plugins, hidden, unfinished, progress, meter)
+        report = _carried_out(run, resume)
         if processes.first():
-            resolved = replace(recipe, settings=replace(recipe.settings, model=source.name))
-            write_beside(hidden.result, resolved, report)
+            write_beside(hidden.result, plan.resolved, report)
     if processes.first():
         unfinished.remove()
     return processes.broadcast_from_first(lambda: report)
@@ -93,6 +93,9 @@ def _drawn(plan: Plan, plugins: Plugins, progress: Progress) -> Texts:
 
 def _carried_out(run: Run, resume: bool) -> Report:
     """The report of all passes, those included that an earlier run finished."""
+    give_back()  # tokenizing takes much more than tokens do
+    check_texts(run.texts, run.plan.config)
+    check_disk(run.output.folder, run.plan.disk)
     report = processes.broadcast_from_first(lambda: run.found(resume))
     with run.unfinished.errors_say_what_is_kept():
         report = report or change_in_memory(run)

@@ -11,7 +11,7 @@ from optimum_prune.conversion import conversion
 from optimum_prune.conversion.conversion import Conversion
 from optimum_prune.conversion.elsewhere import convert_remotely
 from optimum_prune.conversion.interpreter import interpreter_of
-from optimum_prune.errors import reason
+from optimum_prune.errors import PassError, reason
 from optimum_prune.evaluation.comparison import ReferenceOutputs, compare
 from optimum_prune.evaluation.perplexity import Perplexity
 from optimum_prune.evaluation.runtime import Runtime, open_in_transformers
@@ -19,6 +19,7 @@ from optimum_prune.options import as_plain
 from optimum_prune.passes.folder import FolderPass, Job
 from optimum_prune.passes.outcome import Artefact, Outcome
 from optimum_prune.report.report import Change, Report
+from optimum_prune.run.fingerprints import files_fingerprint
 from optimum_prune.run.run import Run
 from optimum_prune.text.windows import Texts
 
@@ -69,8 +70,14 @@ def _convert(run: Run, step: FolderPass, references: References) -> tuple[Outcom
         seed=settings.seed,
         trust_remote_code=settings.trust_remote_code,
     )
-    expected = references.of(source, step)
+    expected, before = references.of(source, step), files_fingerprint(source)
     made = _made(run, step, job, expected, references)
+    if files_fingerprint(source) != before:
+        run.unfinished.forget()
+        raise PassError(
+            f"The pass '{step.name}' changed the checkpoint that it was to read, so nothing can go on from that. Mend the pass: it may write "
+            f"into its target only."
+        )
     artefact = _artefact(step, made, _not_read_here(run, step, target, expected))
     if step.stage.makes_checkpoint:
         run.output.result = target

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from optimum_prune.errors import CheckpointError
 from optimum_prune.machine import tensor_files
 from optimum_prune.plan.plan import Plan
 from optimum_prune.text.windows import Texts, Windows
@@ -39,7 +41,8 @@ def identity(plan: Plan, texts: Texts) -> dict[str, str | None]:
 def files_fingerprint(path: Path) -> str:
     """The fingerprint of a weights file, or of a checkpoint's folder: of its files' names, sizes, times and beginnings."""
     kinds = (".safetensors", ".bin", ".json", ".gguf")
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in kinds)
+    there = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in kinds)
+    files = [file for file in there if file.is_file()]
     digest = hashlib.sha256()
     for file in files:
         about = file.stat()
@@ -47,6 +50,38 @@ def files_fingerprint(path: Path) -> str:
         with file.open("rb") as opened:
             digest.update(opened.read(HEAD))
     return digest.hexdigest()
+
+
+def check_unchanged(model: str, before: str | None) -> None:
+    """Refuses a model whose files changed while a run read them.
+
+    Args:
+        before: their fingerprint when the run began; None if nobody can tell.
+
+    Raises:
+        CheckpointError: they did.
+    """
+    path = Path(model).expanduser()
+    if before is None or not path.exists():
+        return
+    try:
+        now = files_fingerprint(path)
+    except OSError:
+        now = "gone"
+    if now != before:
+        raise CheckpointError(
+            f"The files of {model} changed while they were read, so what was made may be of two models. Run it again when they are as they "
+            f"should be."
+        )
+
+
+def code_fingerprint(kind: type) -> str:
+    """The fingerprint of the source of the module in which a class is defined; nothing where there is none to read."""
+    try:
+        file = inspect.getsourcefile(kind)
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    except (OSError, TypeError):  # typed into an interpreter, or made on the fly
+        return ""
 
 
 def windows_fingerprint(windows: Windows | None) -> str:

@@ -23,6 +23,7 @@ from optimum_prune.passes.outcome import Outcome
 from optimum_prune.passes.prune import PrunePass
 from optimum_prune.passes.recover import RecoverPass
 from optimum_prune.report.report import Change, Report
+from optimum_prune.run.fingerprints import check_unchanged
 from optimum_prune.run.models import Models
 from optimum_prune.run.pruning import prune
 from optimum_prune.run.recovering import recover
@@ -87,6 +88,7 @@ def _changed_and_saved(run: Run, models: Models) -> _Saved:
     give_back()
     outcomes = tuple(_carried_out(step, decoder, calibration, run, models) for step in run.recipe.in_memory)
     models.let_teacher_go()
+    check_unchanged(run.plan.source.name, run.model_fingerprint)
     if processes.first():
         saving.save(model, run.plan.source.tokenizer, run.output.result, run.progress, models.weights)
         for file in run.plan.source.companions:

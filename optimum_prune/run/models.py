@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +40,7 @@ class Models:
         self._teacher: Decoder | None = None
         self.weights = MappedWeights(folder / "changed") if source.offloads else None
         """Where the model's weights are, if on disk."""
+        self._written = MappedActivations(folder / "written", budget=0)
 
     def load(self) -> Decoder:
         """The model, loaded or mapped.
@@ -66,32 +66,52 @@ class Models:
         """Gives back what the dense model takes of memory."""
         self._teacher = None
 
+    def release(self, module: nn.Module) -> None:
+        """Gives back the memory of those weights of a module of the model that lie on disk; they are read again when they are used again."""
+        if self.weights is not None:
+            self.weights.release(module)
+            self._written.release(*(value.data for value in module.parameters()))
+
     @contextmanager
     def writable(self, decoder: Decoder) -> Iterator[dict[str, Tensor]]:
         """Lets the weights of the model be written in place within a `with`: what also lies elsewhere gets storage of its own.
 
         That is what the teacher shares, and what is mapped from files, where a write would be lost when a layer gives its memory back:
-        such weights are moved to files of their own that can be written, and their layers go on giving back their memory.
+        such weights are moved to files that can be written, and their layers go on giving back their memory.
 
         Yields:
             What was there before, by the names of the parameters.
         """
         named = dict(decoder.model.named_parameters())
-        with ExitStack() as stack:
-            if self.weights is None:
-                shared = set() if self._teacher is None else _storages(self._teacher.model)
-                moved = {name: value.data for name, value in named.items() if _storage(value) in shared}
-                _move(named, {key: value.clone() for key, value in _by_place(moved).items()})
-            else:
-                moved = {name: value.data for name, value in named.items()}
-                store = MappedActivations(self._folder / "written", budget=0)
-                written = {key: store.store(value) for key, value in _by_place(moved).items()}
-                _move(named, written)
-                self.weights.release(decoder.model)
-                stack.callback(written.clear)  # the store knows them for as long as they are held here
-                for layer in decoder.modules:
-                    stack.callback(layer.register_forward_hook(partial(_released, store), always_call=True).remove)
-            yield moved
+        if self.weights is not None:
+            before = {name: value.data for name, value in named.items()}
+            with self._in_files(decoder, named):
+                yield before
+            return
+        shared = set() if self._teacher is None else {_storage(value) for value in self._teacher.model.parameters()}
+        before = {name: value.data for name, value in named.items() if _storage(value) in shared}
+        _move(named, {_place(value): value.clone() for value in before.values()})
+        yield before
+
+    @contextmanager
+    def _in_files(self, decoder: Decoder, named: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Moves all weights to files that can be written; after the `with` they lie there still."""
+        written: dict[_Place, Tensor] = {}  # the store knows what is held here
+        for module in decoder.model.modules():
+            for value in module.parameters(recurse=False):
+                if _place(value) not in written:
+                    written[_place(value)] = self._written.store(value.data)
+            self.release(module)
+        _move(named, written)
+        hooks = [
+            layer.register_forward_hook(lambda module, *_: self.release(module), always_call=True)
+            for layer in decoder.modules
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -101,33 +121,20 @@ def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, shared)
 
 
-def _released(store: MappedActivations, layer: nn.Module, *_: object) -> None:
-    """Gives back the memory of a layer that has run."""
-    store.release(*(value.data for value in layer.parameters()))
-
-
-Place = tuple[int, tuple[int, ...], tuple[int, ...]]
+_Place = tuple[int, tuple[int, ...], tuple[int, ...]]
 """Address, shape and strides of a tensor: those that are equal in them are one."""
 
 
-def _place(value: Tensor) -> Place:
+def _place(value: Tensor) -> _Place:
     return value.data_ptr(), tuple(value.shape), value.stride()
 
 
-def _by_place(tensors: dict[str, Tensor]) -> dict[Place, Tensor]:
-    """Each of several tensors once."""
-    return {_place(value): value for value in tensors.values()}
-
-
-def _move(parameters: dict[str, nn.Parameter], moved: dict[Place, Tensor]) -> None:
-    """Lets parameters be where tensors were moved; what is tied stays so."""
+def _move(parameters: Mapping[str, nn.Parameter], moved: Mapping[_Place, Tensor]) -> None:
+    """Lets parameters be where their values were moved; what is tied stays so."""
     for parameter in parameters.values():
         parameter.data = moved.get(_place(parameter), parameter.data)
 
 
 def _storage(value: Tensor) -> int:
+    """The address of the storage of a tensor."""
     return value.untyped_storage().data_ptr()
-
-
-def _storages(model: nn.Module) -> set[int]:
-    return {_storage(value) for value in model.parameters()}

@@ -16,6 +16,7 @@ from optimum_prune.options import as_plain
 from optimum_prune.passes.outcome import Outcome
 from optimum_prune.passes.prune import PrunePass
 from optimum_prune.run.journal import journal_of
+from optimum_prune.run.untouched import Untouched
 from optimum_prune.surgery import operation
 from optimum_prune.surgery.config import sync_config
 from optimum_prune.surgery.cuts import Cuts
@@ -41,8 +42,8 @@ def prune(
     """
     if processes.first():
         plugins.manager.hook.before_pass(step=step, model=decoder.model)
-    before = decoder.shape()
-    cuts, evidence = Cuts(), []
+    before, untouched = decoder.shape(), None if weights is not None else Untouched(decoder.model)
+    cuts, evidence, decided = Cuts(), [], set[str]()
     journal, decide = journal_of(calibration), partial(step.decide, decoder, calibration)
     with Meter() as meter:
         for decision in decide() if journal is None else journal.decisions(step.name, decide):
@@ -52,6 +53,9 @@ def prune(
                 weights.write_changes(decoder.model)
             cuts = cuts.merge(decision.cuts)
             evidence.append(decision.evidence)
+            decided.update(decision.weights)
+        if untouched is not None:
+            untouched.check(step.name, decided)
         sync_config(decoder)
     _check_foreseen(step, before, decoder.shape())
     outcome = Outcome(step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, cuts, tuple(evidence))

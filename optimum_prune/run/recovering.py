@@ -62,13 +62,13 @@ def _recovered(
     before = _values(model, models)
     with models.writable(decoder) as moved:
         evidence = step.recover(decoder, teacher, calibration)
-    after = _values(model, models)
+        after = _values(model, models)
     _check_kinds(step, before, after)
     parameters = dict(model.eval().named_parameters())
     for name, parameter in parameters.items():
         parameter.requires_grad_(trained[name]).grad = None
     changed = {name: value.detach() for name, value in parameters.items() if after[name] != before[name]}
-    _check_finite(step, changed)
+    _check_finite(step, {name: after[name] for name in changed})
     for name in moved.keys() - changed.keys():
         parameters[name].data = moved[name]
     processes.agreed({name: after[name].fingerprint for name in changed})
@@ -76,22 +76,24 @@ def _recovered(
 
 
 class _Values(NamedTuple):
-    """What a parameter is: two that are equal in this have the same values."""
+    """What is known of the values of a parameter: where it is equal, they are."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     fingerprint: str
+    finite: bool
 
 
 def _values(model: PreTrainedModel, models: Models) -> dict[str, _Values]:
-    """What each parameter of a model is, by name."""
-    found = {
-        name: _Values(tuple(value.shape), value.dtype, tensor_fingerprint(value))
-        for name, value in model.named_parameters()
-    }
-    if models.weights is not None:
-        models.weights.release(model)
-    return found
+    """What is known of each parameter of the model, by name."""
+    found: dict[int, tuple[str, _Values]] = {}
+    for path, module in model.named_modules():
+        for name, value in module.named_parameters(path, recurse=False):
+            if id(value) not in found:  # tied ones count once
+                finite = not value.numel() or bool(torch.stack(torch.aminmax(value.detach())).isfinite().all())
+                found[id(value)] = name, _Values(tuple(value.shape), value.dtype, tensor_fingerprint(value), finite)
+        models.release(module)
+    return dict(found.values())
 
 
 def _check_kinds(step: RecoverPass, before: Mapping[str, _Values], after: Mapping[str, _Values]) -> None:
@@ -108,13 +110,13 @@ def _check_kinds(step: RecoverPass, before: Mapping[str, _Values], after: Mappin
         )
 
 
-def _check_finite(step: RecoverPass, weights: Mapping[str, Tensor]) -> None:
-    for name, value in weights.items():
-        if value.numel() and not torch.stack(torch.aminmax(value)).isfinite().all():
-            raise NumericalError(
-                f"The pass '{step.name}' gave '{name}' values that are not finite. Let it change weights less, or compute in bfloat16 or "
-                f"float32 instead of float16."
-            )
+def _check_finite(step: RecoverPass, changed: Mapping[str, _Values]) -> None:
+    """Refuses weights that are not finite."""
+    if wrong := [name for name, values in changed.items() if not values.finite]:
+        raise NumericalError(
+            f"The pass '{step.name}' gave '{wrong[0]}' values that are not finite. Let it change weights less, or compute in bfloat16 or "
+            f"float32 instead of float16."
+        )
 
 
 def _put_in(model: PreTrainedModel, weights: Mapping[str, Tensor], models: Models) -> None:

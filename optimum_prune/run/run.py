@@ -19,6 +19,7 @@ from optimum_prune.passes.base import Pass
 from optimum_prune.plan.plan import Plan
 from optimum_prune.recipe import Recipe, Settings
 from optimum_prune.report.report import Report
+from optimum_prune.run.fingerprints import code_fingerprint
 from optimum_prune.run.output import HiddenOutput
 from optimum_prune.run.unfinished import Unfinished
 from optimum_prune.text.windows import Texts
@@ -46,6 +47,11 @@ class Run:
     def settings(self) -> Settings:
         """Those of the recipe."""
         return self.plan.recipe.settings
+
+    @property
+    def model_fingerprint(self) -> str | None:
+        """The fingerprint of the model's files when the run began; None if nobody can tell."""
+        return self.unfinished.identity["the model"]
 
     def folder(self, name: str) -> Path:
         """The path of a folder for this process, gone when the run ends."""
@@ -86,11 +92,11 @@ class Run:
     def keep(self, report: Report) -> None:
         """Keeps the result so far, if the recipe goes on behind it."""
         if self.recipe.conversions:
-            done = [(outcome.name, outcome.options) for outcome in report.passes]
+            done = described(self.recipe.passes[: len(report.passes)])
             spent = replace(report, seconds=report.seconds + self.meter.seconds)
             self.output.result = self.unfinished.save(self.output.result, done, spent.to_state())
 
 
-def described(steps: Sequence[Pass]) -> list[tuple[str, dict[str, Any]]]:
-    """Names and options of passes."""
-    return [(step.name, as_plain(step)) for step in steps]
+def described(steps: Sequence[Pass]) -> list[tuple[str, dict[str, Any], str]]:
+    """Names and options of passes, and the fingerprints of their code."""
+    return [(step.name, as_plain(step), code_fingerprint(type(step))) for step in steps]

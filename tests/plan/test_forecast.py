@@ -12,18 +12,20 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from optimum_prune import Cuts, Decision, Depth, Osscar, PrunePass, Recipe, Settings, Text
-from optimum_prune.anatomy.shape import LayerShape, Shape
+from optimum_prune import Cuts, Decision, Depth, Osscar, PrunePass, Recipe, RecoverPass, Settings, Text
+from optimum_prune.anatomy.decoder import Decoder
+from optimum_prune.anatomy.shape import Shape
 from optimum_prune.anatomy.workload import Workload
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
+from optimum_prune.calibration.stream import walk_cost
+from optimum_prune.checkpoint.opening import meta_model
 from optimum_prune.checkpoint.saving import weight_bytes
 from optimum_prune.cli.main import main
+from optimum_prune.hooks.plugins import load
 from optimum_prune.plan.forecast import duration, forecast
 from optimum_prune.plan.speed import Speed
 
-WORK = Workload(
-    hidden=512, vocabulary=32000, head_width=64, heads=8, itemsize=2, windows=16, length=512, offloaded=False
-)
+WORK = Workload(hidden=512, vocabulary=32000, itemsize=2, windows=16, length=512)
 STEPS = [
     Osscar(ratio=0.25),
     Osscar(ratio=0.25, head_ratio=0.5, correction=0.2),
@@ -40,15 +42,17 @@ SPEED = Speed(products=1e-11, elements=1e-9, statistics=1e-11, solving=1e-10, re
 
 
 def shape_of(width: int = 1024, layers: int = 6, hidden: int = 512) -> Shape:
-    layer = LayerShape(
-        parameters=hidden * (4 * hidden + 3 * width),
-        heads=8,
-        per_head=4 * hidden * hidden // 8,
-        possible_heads=tuple(range(1, 9)),
-        width=width,
-        per_channel=3 * hidden,
+    """That of a Llama whose weights nobody makes."""
+    config = LlamaConfig(
+        vocab_size=32000,
+        hidden_size=hidden,
+        intermediate_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=64,
     )
-    return Shape((layer,) * layers, elsewhere=2 * 32000 * hidden)
+    return Decoder.of(meta_model(config), load().families).shape()
 
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
@@ -75,7 +79,7 @@ def test_offloaded_the_peak_does_not_depend_on_the_number_of_layers(step):
     few, many = (step.estimate(shape_of(layers=layers), work) for layers in (4, 40))
     assert many.memory == few.memory
     assert few.reading > 0
-    assert work.walk(shape_of()).memory > WORK.walk(shape_of()).memory  # a layer is part of it
+    assert walk_cost(work, shape_of()).memory > walk_cost(WORK, shape_of()).memory  # a layer is part of it
 
 
 def test_a_pass_that_does_not_say_costs_a_walk():
@@ -85,10 +89,26 @@ def test_a_pass_that_does_not_say_costs_a_walk():
         def foresee(self, shape):
             return shape
 
-        def decide(self, model, family, calibration, progress):
+        def decide(self, decoder, calibration):
             yield Decision(Cuts())
 
-    assert Strange().estimate(shape_of(), WORK) == WORK.walk(shape_of())
+    assert Strange().estimate(shape_of(), WORK) == walk_cost(WORK, shape_of())
+
+
+def test_a_pass_that_recovers_and_does_not_say_costs_a_walk_through_both_models():
+    class Alone(RecoverPass):
+        name = "alone"
+        needs_teacher = False
+
+        def recover(self, decoder, teacher, calibration):
+            return {}
+
+    class Taught(Alone):
+        name = "taught"
+        needs_teacher = True
+
+    assert Alone().estimate(shape_of(), WORK) == walk_cost(WORK, shape_of())
+    assert Taught().estimate(shape_of(), WORK) == walk_cost(WORK, shape_of(), streams=2)
 
 
 def test_a_plan_knows_the_bytes_of_the_weights_without_them(llama, tmp_path, plugins):
@@ -96,7 +116,7 @@ def test_a_plan_knows_the_bytes_of_the_weights_without_them(llama, tmp_path, plu
     settings = Settings(model=str(tmp_path), device="cpu")
     found = forecast(Recipe(passes=(Depth(drop=(1, 2)),), settings=settings), plugins)
     model = AutoModelForCausalLM.from_pretrained(llama)
-    assert found.steps[0].shape.parameters * found.itemsize == weight_bytes(model)
+    assert found.phases[0].shape.parameters * found.itemsize == weight_bytes(model)
     assert (found.windows, found.length) == (128, model.config.max_position_embeddings)
 
 

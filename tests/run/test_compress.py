@@ -221,7 +221,8 @@ def test_a_report_is_json_even_if_a_candidate_is_infinitely_bad(llama, text_file
     folder = shutil.copytree(llama, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        model.model.layers[3].mlp.up_proj.weight[0, 0] = torch.nan
+        model.model.layers[3].mlp.up_proj.weight.mul_(1e30)
+        model.model.layers[3].mlp.down_proj.weight.mul_(1e30)
     model.save_pretrained(folder)
     compress(recipe_for(folder, text_file, Depth(layers=1), evaluation=Text(samples=0)), tmp_path / "out")
     assert report_of(tmp_path / "out")["passes"][0]["decisions"][-1]["dropped"] == [3]
@@ -270,7 +271,7 @@ def test_passes_from_folder_to_folder_follow_in_order(llama, text_file, tmp_path
 
 def test_an_output_is_replaced_as_a_whole(recipe, tmp_path, done):
     shutil.copytree(done[0], tmp_path / "out")
-    (tmp_path / "out" / "old.txt").write_text("old")
+    shutil.copy(tmp_path / "out" / "model.safetensors", tmp_path / "out" / "model-00001-of-00002.safetensors")
     compress(recipe, tmp_path / "out", overwrite=True)
     assert names(tmp_path / "out") == names(done[0])
     assert digests(tmp_path / "out") == digests(done[0])
