@@ -8,10 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from optimum_prune.anatomy.counts import count_parameters
+from optimum_prune.checkpoint.adapters import ADAPTERS, refuse_adapter
+from optimum_prune.checkpoint.boundary import check_folder
+from optimum_prune.checkpoint.generation import generation_config_of
 from optimum_prune.checkpoint.opening import Checkpoint, meta_model
-from optimum_prune.errors import CheckpointError, OptimumPruneError, SurgeryError, VerificationError, reason
+from optimum_prune.checkpoint.quiet import quietly
+from optimum_prune.checkpoint.soundness import check_sound, follow_ties, left_out_layer
+from optimum_prune.checkpoint.stored import check_weight_files
+from optimum_prune.errors import (
+    CheckpointError,
+    OptimumPruneError,
+    SurgeryError,
+    VerificationError,
+    found_no_memory,
+    reason,
+)
 from optimum_prune.machine.progress import Progress
 from optimum_prune.machine.tensor_files import weight_files
 
@@ -22,6 +35,9 @@ if TYPE_CHECKING:
 
 PROBLEMS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
 """What transformers calls the weights that do not fit a config, and what we do."""
+
+MUCH_MORE = 2
+"""Times as many weights as there are in its files are described by a config that is not theirs."""
 
 
 @dataclass(frozen=True)
@@ -54,34 +70,56 @@ class Refusal:
 def load(
     checkpoint: Checkpoint, dtype: str, device: str, progress: Progress, weights: MappedWeights | None = None
 ) -> PreTrainedModel:
-    """The model of a checkpoint, in evaluation mode.
+    """The model of a checkpoint, in evaluation mode; it was run once, and every weight looked at.
 
     Args:
         dtype: name of a torch dtype, or "auto" for the checkpoint's own.
         weights: where its weights stay on disk; in memory if not given.
 
     Raises:
-        CheckpointError: weights that cannot be read, or are missing.
+        CheckpointError: weights that cannot be read, are missing or would be lost; or a config that they do not go with.
+        NumericalError: weights that are not finite.
     """
-    _check_weight_files(checkpoint)
+    if Path(checkpoint.source).is_dir() and not checkpoint.gguf_file:
+        check_weight_files(Path(checkpoint.source), checkpoint.config)
     refusal = Refusal(
         CheckpointError,
         f"The weights of {checkpoint.name} cannot be read",
-        f"The checkpoint {checkpoint.name} is incomplete",
-        remedy=" Those weights would be random; fetch it again.",
+        f"The checkpoint {checkpoint.name} does not fit its config",
+        remedy=" Fetch it again, or mend its config.json.",
         tolerated=("unexpected_keys",),
     )
     arguments = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **checkpoint.arguments()}
     if checkpoint.gguf_file:
-        from transformers import GgufConfig
-
-        arguments["quantization_config"] = GgufConfig(dequantize=True)
+        arguments |= _dequantized()
     placed = weights is not None
-    if weights is None and getattr(checkpoint.config, "quantization_config", None) is not None:
+    if weights is None and checkpoint.packed:
         arguments["device_map"], placed = device, True  # packed weights cannot be moved afterwards
-    with progress.libraries():
+    with progress.libraries(), quietly():
         model = _loaded(checkpoint.source, arguments, refusal, weights)
-    return model if placed else model.to(device)
+        model = model if placed else model.to(device)
+        check_sound(model, checkpoint.name)
+    return model
+
+
+def check_fits(checkpoint: Checkpoint) -> None:
+    """Refuses a folder whose files are damaged or hold much less than the config describes, of which random weights would be made.
+
+    Raises:
+        CheckpointError: they are, or do.
+    """
+    folder = Path(checkpoint.source)
+    if checkpoint.gguf_file or not folder.is_dir():
+        return
+    stored = check_weight_files(folder, checkpoint.config)
+    if not stored or checkpoint.packed:
+        return
+    described = count_parameters(meta_model(checkpoint.config, checkpoint.trust_remote_code)).total
+    if described > MUCH_MORE * stored:
+        raise CheckpointError(
+            f"The config of {checkpoint.name} describes {described:,} weights, and its files hold {stored:,}. Fetch it again, or mend its "
+            f"config.json."
+        )
 
 
 def load_model(model: str | Path, **arguments: Any) -> PreTrainedModel:
@@ -89,15 +127,20 @@ def load_model(model: str | Path, **arguments: Any) -> PreTrainedModel:
 
     Args:
         model: the folder, as a run of optimum-prune left it, or a Hub id.
-        arguments: for `AutoModelForCausalLM.from_pretrained`.
+        arguments: for `AutoModelForCausalLM.from_pretrained`; code that comes with the model is run only with `trust_remote_code=True`.
 
     Raises:
-        CheckpointError: weights that cannot be read, or are missing.
+        CheckpointError: weights that cannot be read, or are missing; or files that lie outside of the folder.
     """
     refusal = Refusal(
         CheckpointError, f"The weights of {model} cannot be read", f"The checkpoint {model} does not fit its config"
     )
-    return _loaded(model, {"dtype": "auto", **arguments}, refusal)
+    arguments = {"dtype": "auto", "trust_remote_code": False, **arguments}
+    if Path(model).is_dir():
+        refuse_adapter([name for name in ADAPTERS if (Path(model) / name).exists()], str(model))
+        check_folder(Path(model), code=bool(arguments["trust_remote_code"]))
+    with quietly():
+        return _loaded(model, arguments, refusal)
 
 
 def reload(folder: Path, loading: Loading) -> PreTrainedModel:
@@ -115,9 +158,18 @@ def reload(folder: Path, loading: Loading) -> PreTrainedModel:
     placed = loading.weights is not None
     if loading.weights is None and loading.device == "auto":
         arguments["device_map"], placed = "auto", True
-    with loading.progress.libraries():
+    with loading.progress.libraries(), quietly():
         model = _loaded(folder, arguments, refusal, loading.weights)
     return model if placed else model.to(loading.device)
+
+
+def _dequantized() -> dict[str, Any]:
+    """What `from_pretrained` takes to unpack the weights of a `.gguf` file; older transformers do so in any case."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        return {}
+    return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _loaded(
@@ -131,17 +183,27 @@ def _loaded(
     """
     from transformers import AutoModelForCausalLM
 
+    arguments = {"ignore_mismatched_sizes": True, **arguments}  # they are refused below, and named
     try:
         if weights is None:
             model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
         else:
             model, info = _mapped(Path(source), weights, **arguments)
-    except refusal.error:
-        raise
+    except OptimumPruneError as error:
+        if isinstance(error, refusal.error):
+            raise
+        raise refusal.error(f"{refusal.unreadable}: {error}") from error
     except Exception as error:  # transformers raises many kinds
-        raise refusal.error(f"{refusal.unreadable}: {reason(error)}") from error
+        if found_no_memory(error):
+            raise
+        raise refusal.error(_why_unreadable(error, source, refusal)) from error
     if problems := _problems(info, refusal.tolerated):
         raise refusal.error(f"{refusal.unfit}: {problems}.{refusal.remedy}")
+    if lost := left_out_layer(model, info["unexpected_keys"]):
+        raise refusal.error(
+            f"{refusal.unfit}: that has fewer layers than the weights, which would be lost, such as {lost}.{refusal.remedy}"
+        )
+    follow_ties(model)
     if weights is not None:
         weights.write_changes(model)  # what is stored in another dtype, or under older names
         weights.attach(model)
@@ -150,42 +212,51 @@ def _loaded(
 
 
 def _mapped(
-    folder: Path, weights: MappedWeights, dtype: torch.dtype | str, trust_remote_code: bool
+    folder: Path, weights: MappedWeights, dtype: torch.dtype | str, trust_remote_code: bool, **arguments: Any
 ) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     """The model of a folder with its weights mapped from its files, and what transformers says of their names and shapes."""
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    tensors = {name: tensor for file in weight_files(folder) for name, tensor in weights.map(file).items()}
-    chosen = dtype_of(config, "auto") if isinstance(dtype, str) else dtype
+    files = weight_files(folder, getattr(config, "transformers_weights", None))
+    tensors = {name: tensor for file in files for name, tensor in weights.map(file).items()}
+    if dtype == "auto":
+        first = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
+        dtype = config.dtype or first
     kind = type(meta_model(config, trust_remote_code))
-    model, info = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=chosen, output_loading_info=True)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model, info = kind.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, **arguments
+    )
+    if model.can_generate():
+        model.generation_config = generation_config_of(folder)
     model.name_or_path = str(folder)
     return model, info
 
 
+def _why_unreadable(error: Exception, source: str | Path, refusal: Refusal) -> str:
+    """What is said of weights that transformers cannot read."""
+    if "trust_remote_code" in str(error):
+        return (
+            f"{source} needs code that comes with it, which is not run unless that is asked for. Read the code, then give "
+            f"--trust-remote-code (in Python, trust_remote_code=True)."
+        )
+    if "above report" in str(error):  # which we keep to ourselves
+        return (
+            f"{refusal.unfit}: some of its weights cannot be brought into the form that it describes.{refusal.remedy}"
+        )
+    return f"{refusal.unreadable}: {reason(error)}"
+
+
 def _problems(info: Mapping[str, Any], tolerated: Collection[str]) -> str:
     """Weights that a load found missing, unexpected or of another shape, in one phrase; empty if there are none."""
-    found = [
-        f"{len(info[key])} weights {kind}, such as {sorted(map(str, info[key]))[0]}"
-        for key, kind in PROBLEMS.items()
-        if info[key] and key not in tolerated
-    ]
+    found = []
+    for key, kind in PROBLEMS.items():
+        if info[key] and key not in tolerated:
+            first = sorted(info[key], key=str)[0]
+            name, *shapes = first if isinstance(first, tuple) else (first,)
+            sizes = " instead of ".join(str(tuple(shape)) for shape in shapes)
+            found.append(f"{len(info[key])} weights {kind}, such as {name}{f' ({sizes})' if sizes else ''}")
     return "; ".join(found)
-
-
-def _check_weight_files(checkpoint: Checkpoint) -> None:
-    """Opens each safetensors file of a local checkpoint, so that the broken one is named."""
-    if checkpoint.gguf_file or not Path(checkpoint.source).is_dir():
-        return
-    for file in sorted(Path(checkpoint.source).glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"The weights file {file} is damaged: {reason(error)} Fetch it again.") from error
 
 
 def dtype_of(config: PreTrainedConfig, dtype: str) -> torch.dtype:

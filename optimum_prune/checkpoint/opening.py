@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimum_prune.errors import CheckpointError, FamilyError, reason
+from optimum_prune.checkpoint.adapters import ADAPTERS, refuse_adapter
+from optimum_prune.checkpoint.boundary import check_folder, check_names, is_inside
+from optimum_prune.checkpoint.companions import belongs_beside
+from optimum_prune.checkpoint.described import check_described, check_plain, refuse_quantized
+from optimum_prune.checkpoint.files import cached, file_names
+from optimum_prune.checkpoint.generation import FILE as GENERATION
+from optimum_prune.checkpoint.generation import check_generation
+from optimum_prune.checkpoint.quiet import quietly
+from optimum_prune.checkpoint.stored import stored_dtype
+from optimum_prune.errors import CheckpointError, FamilyError, printable, reason
+from optimum_prune.machine.given_files import flaw, path_of
+from optimum_prune.machine.tensor_files import INDICES, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-QUIETLY: dict[str, Any] = {
-    "_raise_exceptions_for_gated_repo": False,
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_connection_errors": False,
-}
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,18 @@ class Checkpoint:
     gguf_file: str | None
     trust_remote_code: bool
     config: PreTrainedConfig
+    remark: str = ""
+    """What will be changed of it when it is saved, as a sentence."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether its weights are quantized."""
+        return getattr(self.config, "quantization_config", None) is not None
+
+    @property
+    def weights_file(self) -> str | None:
+        """The file that its config names for its weights, if it does."""
+        return getattr(self.config, "transformers_weights", None)
 
     def arguments(self) -> dict[str, Any]:
         """What every `from_pretrained` needs to find it."""
@@ -46,19 +66,45 @@ class Checkpoint:
         """
         from transformers import AutoTokenizer
 
+        plain = _plain(Path(self.source) / TOKENIZER_CONFIG)
+        check_names(plain, f"{self.name}'s {TOKENIZER_CONFIG}")
         try:
-            return AutoTokenizer.from_pretrained(self.source, **self.arguments())
-        except Exception as error:  # transformers raises many kinds
+            with quietly():
+                tokenizer = AutoTokenizer.from_pretrained(self.source, **self.arguments())
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except (
+            BaseException
+        ) as error:  # transformers raises many kinds, and what is written in Rust raises none of Python's
+            if _asks_for_trust(error):
+                raise _not_trusted(self.name, "tokenizer") from error
             raise CheckpointError(f"The tokenizer of {self.name} cannot be read: {reason(error)}") from error
+        self._check_read(tokenizer)
+        return tokenizer
 
-    def companions(self) -> tuple[Path, ...]:
-        """What lies beside the weights of a model that sees or hears: the configs of its processors."""
-        from transformers.utils import cached_file
+    def _check_read(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuses a tokenizer that was made of a file which its config names and which lies elsewhere, as older transformers allow it."""
+        folder = Path(self.source)
+        for field in getattr(tokenizer, "vocab_files_names", ()) if folder.is_dir() and not self.gguf_file else ():
+            named = getattr(tokenizer, "init_kwargs", {}).get(field)
+            if isinstance(named, str) and Path(named).is_file() and not is_inside(Path(named), folder):
+                raise CheckpointError(
+                    f"The '{field}' of {self.name}'s {TOKENIZER_CONFIG} is {printable(named)}, which is outside of the model's folder, and "
+                    f"nothing outside is read. Take it out."
+                )
 
+    def companions(self, *, tokenizer: bool = True) -> tuple[Path, ...]:
+        """The files that belong beside its weights, whatever is done to them.
+
+        Args:
+            tokenizer: whether those of its tokenizer do.
+        """
         if self.gguf_file:
             return ()
-        found = (cached_file(self.source, name, **QUIETLY) for name in PROCESSORS)
-        return tuple(Path(file) for file in found if file is not None)
+        names = [name for name in file_names(self.source) if belongs_beside(name, tokenizer=tokenizer)]
+        if Path(self.source).is_dir():
+            return tuple(Path(self.source) / name for name in names)
+        return tuple(filter(None, (cached(self.source, name) for name in names)))
 
 
 def open_checkpoint(model: str, trust_remote_code: bool = False, *, quantized: bool = False) -> Checkpoint:
@@ -74,62 +120,129 @@ def open_checkpoint(model: str, trust_remote_code: bool = False, *, quantized: b
 
     source, gguf_file = _locate(model)
     arguments = _arguments(gguf_file, trust_remote_code)
+    if not gguf_file:
+        _check_files(source, model, trust_remote_code)
+    plain: Mapping[str, Any] = {}
     try:
-        plain, _ = PreTrainedConfig.get_config_dict(source, **arguments)
-        if not gguf_file and not quantized:
-            _refuse_quantized(plain, model)
-        config = AutoConfig.from_pretrained(source, **arguments)
+        with quietly():
+            plain, _ = PreTrainedConfig.get_config_dict(source, gguf_file=gguf_file)
+            check_plain(plain, model, trust_remote_code)
+            if not quantized and not gguf_file:
+                refuse_quantized(plain, model)
+            config = AutoConfig.from_pretrained(source, **arguments)
     except CheckpointError:
         raise
     except Exception as error:
-        if isinstance(error, ValueError) and "does not recognize this architecture" in str(error):
-            raise FamilyError(
-                f"The installed transformers does not know the architecture '{plain.get('model_type')}' of {model}. Upgrade transformers, "
-                f"or allow the checkpoint's own code with --trust-remote-code if it brings some."
-            ) from error
-        kind = "as a model" if Path(source).is_dir() else "from the Hub, and no folder is called so"
-        raise CheckpointError(f"{model} cannot be opened {kind}: {reason(error)}") from error
-    return Checkpoint(model, source, gguf_file, trust_remote_code, config)
+        raise _cannot_be_opened(error, model, source, plain) from error
+    if not isinstance(config.dtype, torch.dtype | None):
+        raise CheckpointError(
+            f"The config of {model} names the dtype '{plain.get('dtype', plain.get('torch_dtype'))}', which torch does not know. Mend its "
+            f"config.json."
+        )
+    if gguf_file:
+        return Checkpoint(model, source, gguf_file, trust_remote_code, config)
+    if config.dtype is None and Path(source).is_dir():
+        config.dtype = stored_dtype(Path(source), config)
+    return Checkpoint(model, source, None, trust_remote_code, config, _check_generation(source, model))
 
 
 def _arguments(gguf_file: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    return {"gguf_file": gguf_file} if gguf_file else {"trust_remote_code": trust_remote_code}
+    """Whether code is run is always said: where it is not, transformers asks on standard input."""
+    gguf = {"gguf_file": gguf_file} if gguf_file else {}
+    return {"trust_remote_code": trust_remote_code, **gguf}
+
+
+# Where it is
 
 
 def _locate(model: str) -> tuple[str, str | None]:
     """Folder or Hub id, and the name of the `.gguf` file in the folder."""
-    path = Path(model).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise CheckpointError(f"The model file {model} does not exist. Name a .gguf file, a folder or a Hub id.")
+    path, shown = path_of(model), printable(model)
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"The model {shown} cannot be read: {reason(error)}") from error
+    if path.suffix == ".gguf" and not is_folder:
+        if found := flaw(path):
+            raise CheckpointError(f"The model file {shown} {found}. Name a .gguf file, a folder or a Hub id.")
         return str(path.parent), path.name
-    if path.is_file():
+    if is_file:
         raise CheckpointError(
-            f"The model {model} is a file, but no .gguf file. Name the folder that holds it, or a .gguf file."
+            f"The model {shown} is a file, but no .gguf file. Name the folder that holds it, or a .gguf file."
         )
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise CheckpointError(
-                f"The folder {model} is no model: it has no config.json. Name a folder with a checkpoint."
-            )
+    if is_folder:
         return str(path), None
+    if os.path.lexists(path):
+        raise CheckpointError(f"The model {shown} {flaw(path)}. Name a folder, a Hub id or a .gguf file.")
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip("/ "):
-        raise CheckpointError(f"The model folder {model} does not exist. Name a folder, a Hub id or a .gguf file.")
+        raise CheckpointError(f"The model folder {shown} does not exist. Name a folder, a Hub id or a .gguf file.")
     return model, None
 
 
-def _refuse_quantized(config: Mapping[str, Any], model: str) -> None:
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = (
-            quantization.get("quant_method", "an unnamed method")
-            if isinstance(quantization, Mapping)
-            else quantization
-        )
+def _plain(file: Path) -> Mapping[str, Any]:
+    """What a JSON file says; nothing if it cannot be read, which is for others to say."""
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return plain if isinstance(plain, Mapping) else {}
+
+
+# What is refused
+
+
+def _check_files(source: str, model: str, trust_remote_code: bool) -> None:
+    """Refuses what is no model's folder, an adapter, and files that lie outside."""
+    folder = Path(source)
+    if not folder.is_dir():
+        refuse_adapter([name for name in ADAPTERS[:1] if cached(source, name)], model)
+        for index in filter(None, (cached(source, name) for name in INDICES)):
+            listed(index, all_there=False)
+        return
+    refuse_adapter([name for name in ADAPTERS if os.path.lexists(folder / name)], model)
+    if not os.path.lexists(folder / CONFIG):
         raise CheckpointError(
-            f"{model} is already quantized ({method}): its weights are packed and cannot be cut exactly. Prune the unquantized "
-            f"checkpoint, and quantize as a later pass of the recipe."
+            f"The folder {printable(model)} is no model: it has no config.json. Name a folder with a checkpoint."
         )
+    check_folder(folder, code=trust_remote_code)
+
+
+def _check_generation(source: str, model: str) -> str:
+    """What has to be changed of a generation config for it to be valid, as a sentence; nothing if there is none, or it is."""
+    file = Path(source) / GENERATION if Path(source).is_dir() else cached(source, GENERATION)
+    if file is None or not file.exists():
+        return ""
+    with quietly():
+        return check_generation(file, model)
+
+
+def _cannot_be_opened(
+    error: Exception, model: str, source: str, plain: Mapping[str, Any]
+) -> CheckpointError | FamilyError:
+    """What is said of a checkpoint whose config transformers does not read."""
+    if _asks_for_trust(error):
+        return _not_trusted(model, "model")
+    if isinstance(error, ValueError) and "does not recognize this architecture" in str(error):
+        return FamilyError(
+            f"The installed transformers does not know the architecture '{plain.get('model_type')}' of {model}. Upgrade transformers, "
+            f"or allow the checkpoint's own code with --trust-remote-code if it brings some."
+        )
+    kind = "as a model" if Path(source).is_dir() else "from the Hub, and no folder is called so"
+    return CheckpointError(f"{printable(model)} cannot be opened {kind}: {reason(error)}")
+
+
+def _asks_for_trust(error: BaseException) -> bool:
+    return isinstance(error, ValueError) and "trust_remote_code" in str(error)
+
+
+def _not_trusted(model: str, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"The {what} of {model} needs code that comes with it, which is not run unless that is asked for. Read the code, then give "
+        f"--trust-remote-code (in Python, trust_remote_code=True)."
+    )
+
+
+# What follows from it
 
 
 def length_limit(config: PreTrainedConfig) -> int:
@@ -138,9 +251,22 @@ def length_limit(config: PreTrainedConfig) -> int:
 
 
 def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model that a config describes, without storage for its weights."""
+    """The model that a config describes, without storage for its weights.
+
+    Raises:
+        CheckpointError: it describes none.
+    """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with quietly(), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            check_described(model)
+    except Exception as error:  # whatever an architecture makes of a config that it does not expect
+        name = config.name_or_path or type(config).__name__
+        if _asks_for_trust(error):
+            raise _not_trusted(name, "model") from error
+        raise CheckpointError(
+            f"The config of {name} describes no model that can be made: {type(error).__name__}: {reason(error)} Mend its config.json."
+        ) from error
     return model

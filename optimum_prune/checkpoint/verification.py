@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from optimum_prune.checkpoint.caches import cache_of
 from optimum_prune.checkpoint.loading import Loading, reload
-from optimum_prune.errors import VerificationError
+from optimum_prune.errors import VerificationError, found_no_memory, reason
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,9 +47,30 @@ class Verification:
     """Distance of logits with a cache from those without, relative to the spread of the latter."""
 
 
-@torch.no_grad()
 def probe(model: PreTrainedModel, tokens: Int[Tensor, "windows length"]) -> Probe:
-    """What a model computes on the beginning of a few windows, with and without a cache."""
+    """What a model computes on the beginning of a few windows, with and without a cache.
+
+    Raises:
+        VerificationError: it does not run, or what it computes is not finite.
+    """
+    try:
+        found = _probe(model, tokens)
+    except RuntimeError as error:  # as of sizes that do not go together once there is a cache
+        if found_no_memory(error):
+            raise
+        raise VerificationError(
+            f"The model cannot generate token by token: {reason(error)} Look for a size in its config.json that cannot be."
+        ) from error
+    if not (found.plain.isfinite().all() and found.cached.isfinite().all()):
+        raise VerificationError(
+            "The model computes numbers that are not finite, so nothing can be compared with it. Compute in bfloat16 or float32, or look for "
+            "a number in its config.json that cannot be."
+        )
+    return found
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, tokens: Int[Tensor, "windows length"]) -> Probe:
     device = model.get_input_embeddings().weight.device
     few = tokens[:PROBE_WINDOWS, :PROBE_TOKENS].to(device)
     decoded = min(PROBE_DECODED, few.shape[1] - 1)
@@ -58,10 +80,9 @@ def probe(model: PreTrainedModel, tokens: Int[Tensor, "windows length"]) -> Prob
 
 def _decode(model: PreTrainedModel, tokens: Tensor, decoded: int) -> Iterator[Tensor]:
     start = tokens.shape[1] - decoded
-    cache = model(input_ids=tokens[:, :start], use_cache=True).past_key_values
+    output = model(input_ids=tokens[:, :start], use_cache=True)
     for position in range(start, tokens.shape[1]):
-        output = model(input_ids=tokens[:, position : position + 1], past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=tokens[:, position : position + 1], use_cache=True, **cache_of(output))
         yield output.logits
 
 

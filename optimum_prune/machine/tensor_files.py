@@ -4,43 +4,100 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from math import prod
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimum_prune.errors import CheckpointError
+from optimum_prune.errors import CheckpointError, cut, printable, reason
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
+    "U64": torch.uint64,
     "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
     "I16": torch.int16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""By their names in a file, in the order in which safetensors lays out tensors: first those whose elements are larger."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-ORDER = (
-    torch.int64,
-    torch.float64,
-    torch.float32,
-    torch.int32,
-    torch.bfloat16,
-    torch.float16,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-)
-"""In which order safetensors lays out tensors: first those whose elements are larger."""
+ORDER = tuple(NAMES)
 CHUNK = 2**24
 """How many bytes are written at a time."""
+LONGEST = 200
+"""Characters of the name of a file."""
+SINGLE, PICKLE = "model.safetensors", "pytorch_model.bin"
+INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""Files of a checkpoint that hold all its weights, or say which do."""
+
+
+Header = dict[str, tuple[torch.dtype, tuple[int, ...], int, int]]
+"""Of each tensor in a file: dtype, shape, and from which byte of the file to which it lies."""
+
+
+def header(file: Path) -> Header:
+    """The tensors that a safetensors file says it has.
+
+    Raises:
+        CheckpointError: it is no such file, or what it says cannot be.
+    """
+    try:
+        return _header(file)
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        struct.error,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
+        raise CheckpointError(
+            f"The weights file {printable(str(file))} is damaged: {reason(error)} Fetch it again."
+        ) from error
+
+
+def _header(file: Path) -> Header:
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        if length > size - 8:
+            raise ValueError("it ends before its header does")
+        plain: dict[str, Any] = json.loads(opened.read(length))
+    about_all = plain.pop("__metadata__", {})
+    if not all(isinstance(text, str) for text in about_all.values()):
+        raise ValueError("its metadata are no texts")
+    found: Header = {}
+    for name, about in plain.items():
+        dtype, shape, (begin, end) = DTYPES.get(about["dtype"]), tuple(about["shape"]), about["data_offsets"]
+        if dtype is None:
+            raise ValueError(f"the dtype {about['dtype']} of '{name}' is unknown")
+        if not all(isinstance(number, int) and number >= 0 for number in (*shape, begin, end)):
+            raise ValueError(f"the sizes of '{name}' are no numbers")
+        if end - begin != dtype.itemsize * prod(shape):
+            raise ValueError(f"the shape of '{name}' does not fit its bytes")
+        if end > size - 8 - length:
+            raise ValueError("it ends before its last tensor does")
+        found[name] = dtype, shape, 8 + length + begin, 8 + length + end
+    ends = sorted((begin, end) for _, _, begin, end in found.values())
+    if any(end > begin for (_, end), (begin, _) in pairwise(ends)):
+        raise ValueError("its tensors overlap")
+    return found
 
 
 def mapped_tensors(file: Path) -> tuple[Tensor, dict[str, Tensor]]:
@@ -49,28 +106,21 @@ def mapped_tensors(file: Path) -> tuple[Tensor, dict[str, Tensor]]:
     Raises:
         CheckpointError: it is no such file, or ends too early.
     """
+    found = header(file)
     try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(8))
-            header: dict[str, Any] = json.loads(opened.read(length))
-        header.pop("__metadata__", None)
-        size = file.stat().st_size
-        if max((about["data_offsets"][1] for about in header.values()), default=0) > size - 8 - length:
-            raise ValueError("it ends before its last tensor does")
-        content = torch.from_file(str(file), shared=False, size=size, dtype=torch.uint8)
-    except (OSError, ValueError, RuntimeError, struct.error, KeyError, TypeError) as error:
-        raise CheckpointError(f"The weights file {file} is damaged: {error}. Fetch it again.") from error
+        content = torch.from_file(str(file), shared=False, size=file.stat().st_size, dtype=torch.uint8)
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"The weights file {printable(str(file))} cannot be read: {reason(error)}") from error
     memory = content.numpy().data
-    return content, {name: _tensor(memory, 8 + length, about) for name, about in header.items()}
+    return content, {name: _tensor(memory, *about) for name, about in found.items()}
 
 
-def _tensor(memory: memoryview, start: int, about: Mapping[str, Any]) -> Tensor:
+def _tensor(memory: memoryview, dtype: torch.dtype, shape: tuple[int, ...], begin: int, end: int) -> Tensor:
     """A tensor in memory with a storage of its own: those that share one are taken to be tied."""
-    dtype, (begin, end) = DTYPES[about["dtype"]], about["data_offsets"]
     if begin == end:
-        return torch.empty(about["shape"], dtype=dtype)
-    elements = torch.frombuffer(memory, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=start + begin)
-    return elements.view(about["shape"])
+        return torch.empty(shape, dtype=dtype)
+    elements = torch.frombuffer(memory, dtype=dtype, count=(end - begin) // dtype.itemsize, offset=begin)
+    return elements.view(shape)
 
 
 def write(
@@ -109,24 +159,75 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
         yield elements[start : start + at_once].view(torch.uint8).cpu().numpy().data
 
 
-def weight_files(folder: Path) -> list[Path]:
+# Which files a folder's weights are in
+
+
+def weight_files(folder: Path, named: str | None = None) -> list[Path]:
     """The safetensors files that hold a checkpoint's weights.
+
+    Args:
+        named: the file that the config names for them, if it does: one with weights, or an index.
 
     Raises:
         CheckpointError: there are none, or one of the index is missing.
     """
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if index.is_file():
-        names: Iterable[str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        files = [folder / name for name in sorted(set(names))]
-        for file in files:
-            if not file.is_file():
-                raise CheckpointError(f"The checkpoint {folder} lacks the weights file {file.name}. Fetch it again.")
-        return files
-    if single.is_file():
-        return [single]
+    found = files_of_weights(folder, named)
+    if found and not any(file.suffix == ".bin" for file in found):
+        return found
+    where = f" (its weights are in {found[0].name})" if found else ""
     raise CheckpointError(
-        f"{folder} has no safetensors file, and only those can be left on disk. Load it with transformers and save it anew, or leave "
-        f"--offload out."
+        f"{printable(str(folder))} has no safetensors file{where}, and only those can be left on disk. Load it with transformers and save it "
+        f"anew, or leave --offload out."
     )
+
+
+def files_of_weights(folder: Path, named: str | None = None) -> list[Path]:
+    """The files that hold a checkpoint's weights, of several the same that transformers reads; none if there are none.
+
+    Args:
+        named: the file that the config names for them, if it does.
+
+    Raises:
+        CheckpointError: one of an index is missing.
+    """
+    for file in (folder / name for name in ([named] if named else [SINGLE, INDICES[0], PICKLE, INDICES[1]])):
+        if file.is_file():
+            return listed(file) if file.suffix == ".json" else [file]
+    return []
+
+
+def listed(index: Path, *, all_there: bool = True) -> list[Path]:
+    """The files that an index names.
+
+    Args:
+        all_there: whether it is an error if one is missing.
+
+    Raises:
+        CheckpointError: it is no index, or names a file that is missing or is not in its folder.
+    """
+    where = f"The index of the weights {printable(str(index))}"
+    try:
+        plain = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} cannot be read: {reason(error)} Fetch it again.") from error
+    found = plain.get("weight_map") if isinstance(plain, dict) else None
+    if not isinstance(found, dict) or not found or not all(isinstance(name, str) for name in found.values()):
+        raise CheckpointError(f"{where} has no 'weight_map' that says in which file each weight is. Fetch it again.")
+    names = sorted(set(found.values()))
+    for name in names:
+        if not is_plain(name) or len(name) > LONGEST:
+            raise CheckpointError(
+                f"{where} names '{cut(printable(name), LONGEST)}', which is no file of its folder, and nothing outside is read. Fetch it again."
+            )
+        if all_there and not (index.parent / name).is_file():
+            raise CheckpointError(
+                f"The checkpoint {printable(str(index.parent))} lacks the weights file {printable(name)}. Fetch it again."
+            )
+    return [index.parent / name for name in names]
+
+
+def is_plain(name: str) -> bool:
+    """Whether a name is that of a file in its folder or below, and leads nowhere else."""
+    windows, posix = PureWindowsPath(name), PurePosixPath(name)
+    outside = windows.is_absolute() or windows.drive or posix.is_absolute() or ".." in windows.parts
+    return bool(posix.name) and not outside and "\0" not in name

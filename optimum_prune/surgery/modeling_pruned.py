@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,11 @@ AROUND = ("quantization_config", "transformers_version")
 HOW_TO_LOAD = "of base_config: load this model with trust_remote_code=True, or after `import optimum_prune`"
 """Stands at the top of `config.json` as the dtype. A stock class that is made to read it raises an error with these words in it,
 where it would otherwise build a model of its default size with random weights."""
+
+
+PATH = re.compile(r"[A-Za-z]\w*(\.[A-Za-z0-9]\w*)*")
+"""Dotted names of modules: none that Python keeps for itself, and none that leads out."""
+LONGEST_PATH = 200
 
 
 class LayerConfig:
@@ -102,11 +108,14 @@ class PrunedConfig(PreTrainedConfig):  # type: ignore[misc]  # not annotated
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """The config that a `config.json` describes."""
+        """The config that a `config.json` describes; a ValueError if it is not as this file writes such."""
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        kind, _ = pruned_classes(CONFIG_MAPPING[config_dict["base_model_type"]])
-        return kind.from_dict(config_dict, **kwargs)
+        base = config_dict.get("base_model_type")
+        stock = CONFIG_MAPPING[base] if isinstance(base, str) and base in CONFIG_MAPPING else None
+        _expect(stock in MODEL_FOR_CAUSAL_LM_MAPPING, f"is of {base!r}, which is no language model of transformers")
+        return pruned_classes(stock)[0].from_dict(config_dict, **kwargs)  # type: ignore[arg-type]  # not None any more
 
 
 class PrunedForCausalLM:
@@ -141,6 +150,8 @@ class _ConfigOfPruned:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         if "base_config" in config_dict:
+            _expect(isinstance(config_dict["base_config"], Mapping), "has no config of the stock architecture")
+            _check(config_dict.get("pruned"))
             around = {name: config_dict[name] for name in (*AROUND, "pruned", "auto_map") if name in config_dict}
             config_dict = {**config_dict["base_config"], **around, "model_type": MODEL_TYPE}
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]  # of the stock config
@@ -157,6 +168,46 @@ class _ConfigOfPruned:
         plain.update(architectures=["PrunedForCausalLM"], auto_map=AUTO_MAP, model_type=MODEL_TYPE, dtype=HOW_TO_LOAD)
         return json.dumps(plain, indent=2, sort_keys=True) + "\n"
 
+    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
+        """Brings this file along with the config: where transformers saves that, and pushes what has been saved."""
+        super().to_json_file(json_file_path, use_diff)  # type: ignore[misc]  # likewise
+        beside = Path(json_file_path).parent / f"{FILE}.py"
+        if Path(json_file_path).name == "config.json" and beside.resolve() != Path(__file__).resolve():
+            shutil.copyfile(__file__, beside)
+
+
+def _expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(f"its 'pruned' {otherwise}")
+
+
+def _check(pruned: Any) -> None:
+    """Refuses what a config says of layers, with a ValueError, if it is anything but names of modules and fields, and sizes."""
+    names = ("layers", "config", "blocks", "own")
+    _expect(isinstance(pruned, Mapping) and set(names) <= set(pruned), f"does not say {', '.join(names)}")
+    layers, config, blocks, own = (pruned[name] for name in names)
+    listed = isinstance(blocks, Mapping) and all(isinstance(paths, list) and paths for paths in blocks.values())
+    _expect(listed, "has blocks that are no lists of modules")
+    for path in (layers, *([config] if config else []), *(path for paths in blocks.values() for path in paths)):
+        plain = isinstance(path, str) and len(path) <= LONGEST_PATH and PATH.fullmatch(path)
+        _expect(bool(plain), f"names {str(path)[:LONGEST_PATH]!r}, which is no path of a module")
+    _expect(isinstance(own, list) and all(isinstance(each, Mapping) for each in own), "has no fields for each layer")
+    for name, value in ((name, value) for each in own for name, value in each.items()):
+        if name == "without":
+            right = isinstance(value, list) and all(isinstance(block, str) and block in blocks for block in value)
+        else:
+            right = PATH.fullmatch(name) is not None and "." not in name and type(value) is int and value > 0
+        _expect(right, f"has {name!r}: {str(value)[:LONGEST_PATH]} of a layer, which it cannot have")
+
+
+def _found(root: Any, path: str, kind: type) -> Any:
+    """What is at a dotted path, which leads through modules of a model only, or through configs of a config; else a ValueError."""
+    for name in filter(None, path.split(".")):
+        root = (root._modules if isinstance(root, nn.Module) else vars(root)).get(name)
+        _expect(isinstance(root, (nn.Module, PreTrainedConfig)), f"names '{path}', where nothing is")
+    _expect(isinstance(root, kind), f"names '{path}', which is no {kind.__name__}")
+    return root
+
 
 class _ModelOfPruned:
     """What a pruned model adds to its stock architecture."""
@@ -164,12 +215,18 @@ class _ModelOfPruned:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # of the stock model
         shapes = config.pruned
-        text = functools.reduce(getattr, filter(None, shapes["config"].split(".")), config)
-        layers: Any = self.get_submodule(shapes["layers"])  # type: ignore[attr-defined]  # of the stock model
+        _check(shapes)
+        text = _found(config, shapes["config"], PreTrainedConfig)
+        layers = _found(self, shapes["layers"], nn.ModuleList)
+        _expect(len(layers) == len(shapes["own"]), f"is of {len(shapes['own'])} layers, and there are {len(layers)}")
         for index, own in enumerate(shapes["own"]):
+            for name in own:
+                _expect(name == "without" or hasattr(text, name), f"has '{name}' of a layer, which is no field")
             if own:
                 layers[index] = type(layers[index])(LayerConfig(text, own), index)
             for block in own.get("without", ()):
+                for path in shapes["blocks"][block]:
+                    _found(layers[index], path, nn.Module)
                 leave_out(layers[index], block, shapes["blocks"][block])
         if any("without" in own for own in shapes["own"]):
             sync_cache(layers, shapes["blocks"]["attention"][0], getattr(text, "layer_types", None))
@@ -178,7 +235,6 @@ class _ModelOfPruned:
         # The stock architecture's older names of weights are not for this model type.
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]  # likewise
-        shutil.copy(__file__, Path(save_directory) / f"{FILE}.py")
 
 
 def pruned_classes(base: type[PreTrainedConfig]) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:

@@ -12,8 +12,16 @@ from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+from optimum_prune.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 AUTO_CLASSES = "transformers.models.auto.configuration_auto"
+STOCK = ("transformers.models.", "optimum_prune.surgery.")
+"""Modules of the configs of transformers' architectures, and of those whose layers differ already."""
 
 
 def register_when_imported() -> None:
@@ -52,3 +60,19 @@ def _with_registration(execute: Callable[[ModuleType], None]) -> Callable[[Modul
         register()
 
     return execute_and_register
+
+
+def check_heterogeneous(config: PreTrainedConfig, name: str) -> None:
+    """Refuses a model whose layers are to differ, if that could not be saved: one with code of its own.
+
+    Raises:
+        SurgeryError: it could not be.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and type(config).__module__.startswith(STOCK):
+        return
+    raise SurgeryError(
+        f"The layers of {name} would differ in shape or lack a block, which can be saved for architectures of transformers only, and it brings "
+        f"code of its own. Keep the same sizes and blocks in every layer."
+    )

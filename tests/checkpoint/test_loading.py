@@ -37,11 +37,11 @@ def test_a_checkpoint_loads_in_the_dtype_that_is_asked_for(asked, dtype, llama):
 @pytest.mark.parametrize(
     ("harm", "why"),
     [
-        (harms.shard_missing, "cannot be read"),
+        (harms.shard_missing, r"lacks the weights file model-00002-of-\d+\.safetensors"),
         (harms.truncated, "model.safetensors is damaged"),
         (harms.header_broken, "model.safetensors is damaged"),
         (harms.emptied, "model.safetensors is damaged"),
-        (harms.no_weights, "cannot be read"),
+        (harms.no_weights, "has no weights"),
         (harms.tensor_missing, r"1 weights missing, such as model\.layers\.2\.self_attn\.o_proj\.weight"),
         (harms.tensor_of_another_shape, None),
         (harms.too_many_layers, "weights missing"),

@@ -45,7 +45,7 @@ def test_scaled_rotary_frequencies_stand_where_older_transformers_look(tmp_path)
     saving.save(model, None, tmp_path / "saved", Progress())
     plain = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert plain["rope_theta"] == 20_000
-    assert plain["rope_scaling"] == {"type": "linear", "rope_type": "linear", "factor": 4.0}
+    assert plain["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
     assert torch.equal(logits(opened(tmp_path / "saved"), tiny.windows(2)), logits(model, tiny.windows(2)))
 
 

@@ -9,10 +9,13 @@ import pickle
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+import transformers
+from huggingface_hub import ModelCard
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,8 +23,9 @@ from optimum_prune import Cuts, Decoder, Depth, Osscar, Progress
 from optimum_prune import testing as conformance
 from optimum_prune.anatomy.counts import count_parameters
 from optimum_prune.anatomy.family import find_family
-from optimum_prune.checkpoint import saving
+from optimum_prune.checkpoint import opening, saving
 from optimum_prune.checkpoint.opening import meta_model
+from optimum_prune.errors import CheckpointError
 
 HETEROGENEOUS = {
     "channels": Osscar(ratio=0.5, protect=(0, 3)),
@@ -296,3 +300,89 @@ def test_every_layer_may_differ_from_every_other(plugins, tmp_path):
     assert len(set(decoder.shape().layers)) == tiny.LAYERS
     assert_close(conformance.logits(decoder.model, WINDOWS), masked, rtol=1e-5, atol=1e-5)
     conformance.generates_as_it_scores(conformance.reloads_exactly(decoder.model, tmp_path, WINDOWS), WINDOWS)
+
+
+# Whoever writes the config
+
+
+HOSTILE = {
+    "a class": {"layers": "__class__"},
+    "globals": {"config": "__class__.__init__.__globals__"},
+    "a method": {"layers": "model.forward"},
+    "a method of the config": {"config": "to_dict"},
+    "what a config keeps for itself": {"config": "_name_or_path"},
+    "no list of layers": {"layers": "lm_head"},
+    "nothing": {"layers": ""},
+    "a number": {"layers": 3},
+    "a path without an end": {"layers": ".".join(["model"] * 10_000)},
+    "a block that is a method": {
+        "blocks": {"attention": ["forward"], "feed_forward": ["mlp"]},
+        "first": {"without": ["attention"]},
+    },
+    "a block that leads out": {
+        "blocks": {"attention": [".."], "feed_forward": ["mlp"]},
+        "first": {"without": ["attention"]},
+    },
+    "no blocks": {"blocks": {}, "first": {"without": ["attention"]}},
+    "a block that there is not": {"first": {"without": ["memory"]}},
+    "a field of Python's": {"first": {"__class__": 3}},
+    "a field of ours": {"first": {"_config": 3}},
+    "a field that there is not": {"first": {"fancy": 3}},
+    "a size in words": {"first": {"intermediate_size": "wide"}},
+    "no size": {"first": {"intermediate_size": 0}},
+    "a size that no machine holds": {"first": {"intermediate_size": 10**15}},
+    "an activation": {"first": {"hidden_act": "silu"}},
+    "layers that there are not": {"own": [{}] * 99},
+    "no layers": {"own": 3},
+    "no architecture": {"base_model_type": "fancy"},
+    "itself as the architecture": {"base_model_type": "optimum_prune"},
+    "an architecture without a language model": {"base_model_type": "clip"},
+    "no config of the architecture": {"base_config": 3},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_paths_and_fields_that_are_no_modules_and_no_sizes_are_refused(case, uneven, tmp_path):
+    folder = shutil.copytree(uneven("llama")[1], tmp_path / "hostile")
+    plain = json.loads((folder / "config.json").read_text())
+    for name, value in HOSTILE[case].items():
+        if name == "first":
+            plain["pruned"]["own"][0] = value
+        elif name.startswith("base_"):
+            plain[name] = value
+        else:
+            plain["pruned"][name] = value
+    (folder / "config.json").write_text(json.dumps(plain))
+    with pytest.raises(CheckpointError) as caught:
+        meta_model(opening.open_checkpoint(str(folder)).config)
+    assert "\n" not in str(caught.value)
+
+
+class Hub:
+    """A Hub that keeps the names of what is pushed to it."""
+
+    def __init__(self):
+        self.pushed = []
+
+    def create_repo(self, repo_id, **_):
+        return SimpleNamespace(repo_id=repo_id)
+
+    def create_commit(self, operations, **_):
+        self.pushed = sorted(operation.path_in_repo for operation in operations)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["at first", "over an older one"])
+@pytest.mark.parametrize("part", ["model", "config"])
+def test_its_code_is_pushed_to_the_hub_with_it(part, again, uneven, tmp_path, monkeypatch):
+    hub = Hub()
+    for module in (transformers.utils.hub, transformers.modeling_utils, transformers.configuration_utils):
+        monkeypatch.setattr(module, "hf_api", lambda: hub)
+    monkeypatch.setattr(transformers.modeling_utils, "create_and_tag_model_card", lambda *_, **__: ModelCard(""))
+    model = uneven("llama")[0].model
+    saved = model if part == "model" else model.config
+    if again:
+        saved.save_pretrained(tmp_path)
+        for file in tmp_path.iterdir():
+            os.utime(file, (0, 0))
+    saved.save_pretrained(str(tmp_path), push_to_hub=True)
+    assert {"config.json", "modeling_pruned.py"} <= set(hub.pushed)
