@@ -1,5 +1,7 @@
 """Structured pruning of large language models, as an extension of Hugging Face Optimum."""
 
+import optimum_prune.cli.early  # noqa: F401  # isort: skip - comes before what takes seconds to import
+
 from optimum_prune.anatomy.axis import Axis, AxisKind, Member
 from optimum_prune.anatomy.decoder import Decoder, DecoderLayer
 from optimum_prune.anatomy.family import Experts, Family, FeedForward, Heads

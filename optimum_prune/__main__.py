@@ -2,6 +2,7 @@
 
 import sys
 
+from optimum_prune.cli.early import PROGRAM
 from optimum_prune.cli.main import main
 
-sys.exit(main(sys.argv[1:], program="python -m optimum_prune"))
+sys.exit(main(sys.argv[1:], program=PROGRAM))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
 from textwrap import shorten
 
-LONGEST_REASON = 300
+LONGEST_REASON, LONGEST_NAME = 300, 100
+"""Characters of what a library says, and of a name or a value, that an error repeats."""
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
+"""What torch says in a plain RuntimeError, and the system in an OSError."""
 
 
 class OptimumPruneError(Exception):
@@ -53,16 +57,16 @@ class NumericalError(OptimumPruneError):
     """Weights or activations that are not finite."""
 
 
-def unknown(kind: str, name: str, known: Iterable[str], noun: str = "Known") -> str:
+def unknown(kind: str, name: object, known: Iterable[str], noun: str = "Known") -> str:
     """The sentence for a name that nobody knows, with the nearest name and the list of all.
 
     >>> unknown("pass", "oscar", ["osscar", "depth"], "Installed")
     "No pass is called 'oscar'. Did you mean 'osscar'? Installed: depth, osscar."
     """
-    names = sorted(known)
-    close = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    names, given = sorted(known), cut(str(name), LONGEST_NAME)
+    close = get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
-    return f"No {kind} is called '{name}'.{hint} {noun}: {', '.join(names) or 'none'}."
+    return f"No {kind} is called '{given}'.{hint} {noun}: {', '.join(names) or 'none'}."
 
 
 def reason(error: BaseException) -> str:
@@ -71,4 +75,40 @@ def reason(error: BaseException) -> str:
     line = text.split("\n")[0].strip()
     if line.endswith(":"):
         line = shorten(text, LONGEST_REASON)
+    line = printable(cut(line, LONGEST_REASON))
     return line if line.endswith((".", "?", "!")) else line + "."
+
+
+def found_no_memory(error: BaseException) -> bool:
+    """Whether an error means that there is no memory left, as Python, torch or the system may say it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in NO_MEMORY)
+
+
+# What is repeated of what was given
+
+
+def printable(text: str) -> str:
+    """A text as one line that no terminal takes for a command: what cannot be seen is escaped, such as a newline in a file's name."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def cut(text: str, longest: int) -> str:
+    """A text, or its beginning and its end if it is longer than so many characters."""
+    half = (longest - 3) // 2
+    return text if len(text) <= longest else f"{text[:half]}...{text[-half:]}"
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, or the beginning and the end of that if it is long."""
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # whatever the value's own code may raise
+        return f"a {type(value).__name__} that cannot be shown"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxlong, _SHORT.maxother = 3, LONGEST_NAME, LONGEST_NAME, LONGEST_NAME

@@ -183,8 +183,15 @@ def test_few_functions_take_many_arguments():
 AXES = {"heads", "head", "channels", "channel", "experts", "expert"}
 MAKERS = ("anatomy/axes.py", "anatomy/family.py", "builtin/families", "checkpoint/transformers4.py")
 """What finds axes, the data from which it does, and the names of config fields in another version of transformers."""
-SAID_TO_USERS = {"head_ratio", "takes_experts", "Heads", "Experts"}
-"""An option, an attribute of passes, and what families are written with."""
+SAID_TO_USERS = {
+    "head_ratio",
+    "takes_experts",
+    "Heads",
+    "Experts",
+    "experts_implementation",
+    "_experts_implementation",
+}
+"""An option, an attribute of passes, what families are written with, and fields of configs."""
 
 
 def words_of(tree: ast.Module) -> Iterator[tuple[str, int]]:

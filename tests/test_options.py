@@ -1,12 +1,14 @@
 """Options are written once and checked wherever they come from: a recipe, the command line, or Python."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from optimum_prune.errors import RecipeError
+from optimum_prune.cli.arguments import add_flag, check_flags
+from optimum_prune.errors import PluginError, RecipeError
 from optimum_prune.options import as_plain, build, check_options, option, options_of
 
 
@@ -23,6 +25,8 @@ class Toast:
     kind: Literal["rye", "wheat"] = option("What it is made of.", "rye")
     names: tuple[str, ...] = option("What it is called.", ("toast",))
     dry: bool = option("Whether it is dry.", False)
+    size: Literal[2, 4] = option("How large.", 2)
+    grams: str | None = option("How heavy, such as 80g.", None, or_number=True)
 
     def __post_init__(self):
         check_options(self, "toast")
@@ -45,9 +49,28 @@ WRONG = [
     ({"butter": float("nan")}, "which is not a number"),
     ({"dry": 1}, "which is not true or false"),
     ({"names": (3,)}, "which is not a text"),
+    ({"names": ("a\0b",)}, "it holds a NUL character"),
+    ({"slices": 10**30}, "a number out of all bounds"),
+    ({"butter": 10**400}, "which is not a number"),
+    ({"layers": (10**30,)}, "a number out of all bounds"),
+    ({"names": ("x" * 10**6, 7)}, "is 7, which is not a text"),
+    ({"slices": [[[[[[[1]]]]]]]}, "which is not a whole number"),
+    ({"size": 3}, "No value of 'size' in {where} is called '3'. Choices: 2, 4."),
+    ({"size": True}, "No value of 'size'"),
+    ({"grams": True}, "which is not a text"),
     ({"kind": "wheet"}, "No value of 'kind' in {where} is called 'wheet'. Did you mean 'wheat'? Choices: rye, wheat."),
 ]
-RIGHT = {"slices": 4, "heat": 0.99, "bits": 8, "butter": 0, "crust": -1, "layers": (0, 3), "kind": "wheat"}
+RIGHT = {
+    "size": 4,
+    "grams": "80g",
+    "slices": 4,
+    "heat": 0.99,
+    "bits": 8,
+    "butter": 0,
+    "crust": -1,
+    "layers": (0, 3),
+    "kind": "wheat",
+}
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG)
@@ -78,7 +101,7 @@ def test_plain_data_is_converted_and_python_values_are_only_checked():
 def test_help_shows_bounds_and_defaults():
     parser = argparse.ArgumentParser()
     for each in options_of(Toast).values():
-        each.add_flag(parser)
+        add_flag(each, parser)
     text = " ".join(parser.format_help().split())
     assert "How many. (at least 1 and at most 4; default: 1)" in text
     assert "Crumbs of a bite. (2, 3, 4 or 8; default: 4)" in text
@@ -93,3 +116,146 @@ def test_a_pass_built_in_python_is_checked():
         RecipeError, match=r"No value of 'allocation' in osscar is called 'gobal'\. Did you mean 'global'"
     ):
         Osscar(ratio=0.25, allocation="gobal")
+
+
+def test_what_stands_for_a_plain_value_becomes_one():
+    import numpy
+
+    built = Toast(slices=numpy.int64(3), heat=numpy.float32(0.5), layers=[numpy.int32(1)], grams=80, names=[Path("a")])
+    assert built == Toast(slices=3, heat=0.5, layers=(1,), grams="80", names=("a",))
+    assert [type(built.slices), type(built.heat), type(built.layers[0])] == [int, float, int]
+    assert build(Toast, {"grams": 80}, "breakfast").grams == "80"
+
+
+@pytest.mark.parametrize("text", ["1_0", "\u0663", "nan", "inf", "0x1p3", " 1", "1e", ""])
+def test_a_number_in_quotes_is_a_number_as_it_is_written_anywhere_else(text):
+    with pytest.raises(RecipeError, match="which is not a number"):
+        build(Toast, {"butter": text}, "breakfast")
+
+
+def of_type(kind, default=None):
+    return make_dataclass("Odd", [("odd", kind, option("Odd.", default))], frozen=True, kw_only=True)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        dict,
+        dict[str, int],
+        list[int],
+        int | str,
+        int | str | None,
+        tuple[int, int],
+        tuple[dict, ...],
+        Literal[1, "a"],
+        Literal[True],
+        bytes,
+        Toast,
+        "int",
+        "Nowhere",
+    ],
+    ids=str,
+)
+def test_a_type_that_no_flag_can_carry_is_named(kind):
+    if kind == "int":
+        assert options_of(of_type(kind))["odd"].kind is int
+        return
+    with pytest.raises(
+        PluginError, match=r"The option 'odd' of Odd has the type|The types of the options of Odd cannot be read"
+    ):
+        options_of(of_type(kind))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        int,
+        int | None,
+        float,
+        str,
+        bool | None,
+        Literal["a", "b"],
+        Literal[4, 8] | None,
+        tuple[int, ...],
+        tuple[str, ...] | None,
+    ],
+)
+def test_all_other_types_have_a_flag(kind):
+    parser = argparse.ArgumentParser()
+    add_flag(options_of(of_type(kind))["odd"], parser)
+    assert "Odd." in parser.format_help()
+
+
+def test_a_default_may_be_made_anew():
+    made = make_dataclass("Made", [("odd", tuple[int, ...], field(default_factory=lambda: (1, 2)))], frozen=True)
+    assert not options_of(made)["odd"].required
+    assert build(made, {}, "it") == made((1, 2))
+
+
+def test_an_error_of_a_check_of_ones_own_is_a_sentence():
+    def check(self):
+        raise ValueError("never\nand never")
+
+    strict = make_dataclass("Strict", [("odd", int, option("Odd.", 0))], namespace={"__post_init__": check})
+    with pytest.raises(RecipeError, match=r"^breakfast takes no such options: ValueError: never\.$"):
+        build(strict, {"odd": 1}, "breakfast")
+
+
+# Flags
+
+
+def parsed(*arguments, once=True):
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    for each in options_of(Toast).values():
+        add_flag(each, parser, once=once)
+    return vars(parser.parse_args(arguments))
+
+
+def test_several_values_of_a_flag_add_up():
+    assert parsed("--layers", "1", "2", "--layers", "3") == {"layers": [1, 2, 3]}
+    assert parsed("--slices", "2", "--dry", "--slices", "2", "--dry", "--size", "4") == {
+        "slices": 2,
+        "dry": True,
+        "size": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--slices", "1", "--slices", "2"], "is given twice, as 1 and as 2. Give it once"),
+        (["--kind", "rye", "--kind", "wheat"], "is given twice"),
+        (["--dry", "--no-dry"], "both with and without 'no'"),
+        (["--slices", "1_0"], "'1_0' is not a whole number"),
+        (["--slices", "\u0663"], "is not a whole number"),
+        (["--slices", "9" * 401], "is not a whole number"),
+        (["--slices", "1.0"], "is not a whole number"),
+        (["--heat", "nan"], "'nan' is not a number"),
+        (["--heat", "1_0"], "is not a number"),
+        (["--heat", "a\nb"], r"'a\\nb' is not a number"),
+        (["--size", "3"], "invalid choice"),
+    ],
+    ids=str,
+)
+def test_what_a_flag_cannot_mean_is_refused(arguments, why):
+    with pytest.raises(argparse.ArgumentError, match=why) as caught:
+        parsed(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_of_a_flag_that_scripts_append_the_last_value_counts():
+    assert parsed("--slices", "1", "--dry", "--slices", "2", "--no-dry", once=False) == {"slices": 2, "dry": False}
+
+
+@pytest.mark.parametrize(
+    ("names", "clashing"),
+    [(["seed"], "seed"), (["heal", "no_heal"], "no_heal"), (["run"], "run"), (["heat"], None)],
+    ids=str,
+)
+def test_a_name_that_another_flag_has_is_refused(names, clashing):
+    odd = make_dataclass("Odd", [(name, bool, option("Odd.", False)) for name in names], frozen=True, kw_only=True)
+    if clashing is None:
+        check_flags(odd, {"seed", "run"})
+        return
+    with pytest.raises(PluginError, match=f"option '{clashing}' is called like another flag"):
+        check_flags(odd, {"seed", "run"})

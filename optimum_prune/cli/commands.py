@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,13 +14,17 @@ from optimum_prune.checkpoint import saving
 from optimum_prune.checkpoint.opening import length_limit
 from optimum_prune.cli.flags import CALIBRATION, SETTINGS, given, overridden
 from optimum_prune.conversion.conversion import folder_bytes
-from optimum_prune.errors import RecipeError
+from optimum_prune.conversion.interpreter import check_environment, not_looked_at
+from optimum_prune.errors import RecipeError, printable, reason
 from optimum_prune.evaluation.perplexity import Perplexity, perplexity, perplexity_of_runtime
 from optimum_prune.hooks.plugins import Plugins
 from optimum_prune.machine import processes
+from optimum_prune.machine.given_files import path_of
+from optimum_prune.machine.isolation import guarded
 from optimum_prune.machine.mapped_weights import MappedWeights
 from optimum_prune.machine.memory import free_memory
 from optimum_prune.machine.progress import Progress
+from optimum_prune.machine.streams import NotPrintedError, say
 from optimum_prune.options import build, options_of
 from optimum_prune.plan.forecast import forecast
 from optimum_prune.plan.source import ModelSource, device_of, open_source
@@ -36,37 +41,60 @@ def prune(arguments: argparse.Namespace, plugins: Plugins) -> None:
     """`prune METHOD`: a recipe of one pass."""
     step = arguments.pass_class
     options = given(arguments, {name: name for name in options_of(step)})
-    _compress(Recipe(passes=(build(step, options, f"pass '{step.name}'"),)), arguments)
+    _compress(overridden(Recipe(passes=(build(step, options, f"pass '{step.name}'"),)), arguments), arguments)
 
 
 def run(arguments: argparse.Namespace, plugins: Plugins) -> None:
     """`compress run`."""
-    _compress(Recipe.from_yaml(arguments.recipe, plugins), arguments)
+    recipe = Recipe.from_yaml(
+        arguments.recipe,
+        plugins,
+        trust_remote_code=_decides_trust(arguments),
+        allow_interpreters=arguments.allow_interpreters,
+    )
+    for step in recipe.passes:
+        check_environment(step)
+    _compress(overridden(recipe, arguments), arguments)
+
+
+def _decides_trust(arguments: argparse.Namespace) -> bool:
+    """Whether the command line says, either way, if code that comes with a checkpoint may run: a recipe cannot say so by itself."""
+    return hasattr(arguments, "trust_remote_code")
 
 
 def _compress(recipe: Recipe, arguments: argparse.Namespace) -> None:
     progress = Progress.for_terminal(arguments.quiet)
     report = compress(
-        overridden(recipe, arguments),
+        recipe,
         arguments.output,
         overwrite=arguments.overwrite,
         resume=arguments.resume,
         progress=progress,
     )
-    if not arguments.quiet and processes.first():
-        print(report.table())
-        print(f"Saved to {arguments.output}")
+    if arguments.quiet or not processes.first():
+        return
+    saved = f"Saved to {printable(arguments.output)}"
+    try:
+        say(arguments.out, f"{report.table()}\n{saved}")
+    except NotPrintedError as error:  # the run is finished, and its report lies there
+        if not error.nobody_reads:
+            print(f"{saved}. {error}", file=sys.stderr)
 
 
 def plan(arguments: argparse.Namespace, plugins: Plugins) -> None:
     """`compress plan`."""
-    recipe = overridden(Recipe.from_yaml(arguments.recipe, plugins), arguments)
+    decides = _decides_trust(arguments)
+    recipe = Recipe.from_yaml(arguments.recipe, plugins, trust_remote_code=decides, allow_interpreters=True)
+    recipe = overridden(recipe, arguments)
     found = forecast(recipe, plugins)
     if arguments.json:
-        print(found.to_json())
+        say(arguments.out, found.to_json())
     elif not arguments.quiet:
-        print(aligned(found.rows(), right=True))
-        print("\n".join(found.remarks(free_memory(), shutil.disk_usage(Path.cwd()).free)))
+        remarks = found.remarks(free_memory(), shutil.disk_usage(".").free)
+        say(arguments.out, "\n".join([aligned(found.rows(), right=True), *remarks]))
+    for sentence in map(not_looked_at, recipe.passes):
+        if sentence and not arguments.quiet:
+            print(sentence, file=sys.stderr)
 
 
 def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:
@@ -92,12 +120,13 @@ def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:
             "bytes": size,
             "device": device_of(settings),
         }
-        print(json.dumps(result, indent=2))
+        say(arguments.out, json.dumps(result, indent=2))
     elif not arguments.quiet:
-        print(f"Perplexity {measured.value:,.3f} on {measured.describe()}")
-        print(
+        say(
+            arguments.out,
+            f"Perplexity {measured.value:,.3f} on {measured.describe()}\n"
             f"{counts.total / 1e6:,.1f} M parameters, {counts.non_embedding / 1e6:,.1f} M without embeddings; "
-            f"{measured.tokens_per_second:,.0f} tokens per second"
+            f"{measured.tokens_per_second:,.0f} tokens per second",
         )
 
 
@@ -114,10 +143,11 @@ def _measured(
     source: ModelSource, windows: Windows, device: str, plugins: Plugins, progress: Progress
 ) -> tuple[Perplexity, Counts, int]:
     """The perplexity of a model in its own runtime, its parameters, and the bytes of its weights."""
-    folder = Path(source.name).expanduser()
+    folder = path_of(source.name)
     writer = writer_of(folder, plugins) if folder.is_dir() else None
     if writer is not None:
-        measured = perplexity_of_runtime(writer.open(folder, device), windows, progress)
+        with guarded(f"The pass '{writer.name}'"):
+            measured = perplexity_of_runtime(writer.open(folder, device), windows, progress)
         return measured, counts_of(folder), folder_bytes(folder)
     with TemporaryDirectory() as aside:
         model = source.load(MappedWeights(Path(aside)) if source.offloads else None)
@@ -130,19 +160,15 @@ def passes(arguments: argparse.Namespace, plugins: Plugins) -> None:
     rows = [("pass", "stage", "provider", "missing", "what it does")]
     for name, step in sorted(plugins.passes.items(), key=lambda item: (item[1].stage, item[0])):
         provider = plugins.providers[name]
-        rows.append(
-            (
-                name,
-                step.stage.name,
-                f"{provider.distribution} {provider.version}",
-                ", ".join(step.missing()),
-                step.summary(),
-            )
-        )
-    print(aligned(rows))
+        try:
+            missing = ", ".join(step.missing())
+        except Exception as error:  # a plugin that does not say as it should what it needs
+            missing = f"cannot be told ({type(error).__name__}: {reason(error)})"
+        rows.append((name, step.stage.name, f"{provider.distribution} {provider.version}", missing, step.summary()))
+    say(arguments.out, aligned([[printable(cell) for cell in row] for row in rows]))
 
 
 def families(arguments: argparse.Namespace, plugins: Plugins) -> None:
     """`compress families`."""
     rows = [("family", "model_type"), *((family.name, ", ".join(family.model_types)) for family in plugins.families)]
-    print(aligned(rows))
+    say(arguments.out, aligned([[printable(cell) for cell in row] for row in rows]))

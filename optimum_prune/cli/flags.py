@@ -7,6 +7,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from optimum_prune.cli.arguments import add_flag
+from optimum_prune.machine.given_files import path_of
 from optimum_prune.options import as_plain, build, options_of
 from optimum_prune.recipe import Recipe, Settings
 from optimum_prune.text.text import Text
@@ -25,7 +27,11 @@ def add_output(parser: argparse.ArgumentParser) -> None:
     """`--output`, `--overwrite` and `--resume`."""
     group = parser.add_argument_group("output")
     group.add_argument(
-        "--output", required=True, metavar="FOLDER", help="Folder for the compressed model and its report."
+        "--output",
+        required=True,
+        type=_folder,
+        metavar="FOLDER",
+        help="Folder for the compressed model and its report.",
     )
     group.add_argument("--overwrite", action="store_true", help="Replace the output folder if it exists.")
     group.add_argument(
@@ -40,13 +46,13 @@ def add_common(parser: argparse.ArgumentParser, model_required: bool = False) ->
     """The model, the texts, and how to compute; `--quiet`."""
     group = parser.add_argument_group("model and computation")
     for name, option in options_of(Settings).items():
-        dataclasses.replace(option, required=model_required and name == "model").add_flag(group)
+        add_flag(dataclasses.replace(option, required=model_required and name == "model"), group)
     texts = parser.add_argument_group("texts")
     text_options = options_of(Text)
     for flag, name in CALIBRATION.items():
-        dataclasses.replace(text_options[name], name=flag).add_flag(texts)
+        add_flag(dataclasses.replace(text_options[name], name=flag), texts)
     for flag, name in EVALUATION.items():
-        dataclasses.replace(text_options[name], name=flag, help=EVALUATION_HELP[name]).add_flag(texts)
+        add_flag(dataclasses.replace(text_options[name], name=flag, help=EVALUATION_HELP[name]), texts)
     _add_quiet(parser)
 
 
@@ -55,17 +61,34 @@ def add_evaluation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("computation")
     for name, option in options_of(Settings).items():
         if name not in ("model", "seed"):
-            option.add_flag(group)
+            add_flag(option, group)
     texts = parser.add_argument_group("text")
     options = options_of(Text)
     for name in CALIBRATION.values():
-        options[name].add_flag(texts, *([f"--eval-{name}"] if f"eval_{name}" in EVALUATION else []))
+        add_flag(options[name], texts, *([f"--eval-{name}"] if f"eval_{name}" in EVALUATION else []))
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
     _add_quiet(parser)
 
 
 def _add_quiet(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="Show no bars and no tables.")
+    add_debug(parser)
+
+
+def add_debug(parser: argparse.ArgumentParser) -> None:
+    """`--debug`, which is looked for before anything is parsed."""
+    parser.add_argument("--debug", action="store_true", help="Show where an error comes from.")
+
+
+def _folder(text: str) -> str:
+    """A folder's name, with `~` for the home folder."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("it is no name of a folder")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # bytes that Python carries along
+        raise argparse.ArgumentTypeError("its name is no UTF-8, so libraries cannot write weights there") from error
+    return str(path_of(text))
 
 
 def given(arguments: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:

@@ -11,19 +11,24 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import traceback
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from safetensors.torch import load_file, save_file
 
 from optimum_prune import errors
 from optimum_prune.conversion import conversion
-from optimum_prune.errors import OptimumPruneError, PassError, RecipeError
+from optimum_prune.conversion.interpreter import ISOLATED, isolated_environment, program_of
+from optimum_prune.errors import OptimumPruneError, PassError, RecipeError, printable, reason
 from optimum_prune.evaluation.comparison import ReferenceOutputs
 from optimum_prune.machine.progress import Progress
 from optimum_prune.options import as_plain, build
@@ -35,7 +40,11 @@ if TYPE_CHECKING:
 
 LINES = 12
 """How much of what the other interpreter printed last an error repeats, where it is not shown anyway."""
-SERVE = "import sys; sys.path.append(sys.argv[2]); from optimum_prune.conversion.elsewhere import serve; serve(sys.argv[1])"
+SERVE = f"{ISOLATED}; sys.path.append(sys.argv[3]); from optimum_prune.conversion.elsewhere import serve; serve(sys.argv[2], sys.argv[4])"
+PATIENCE = 5.0
+"""Seconds that the other interpreter has to end when it is told to."""
+WATCHED = 0.1
+"""Seconds after which it is looked whether it has ended."""
 
 
 # On this side
@@ -56,14 +65,14 @@ def convert_remotely(
     """
     _bring_code(type(step), room / "code")
     _write_job(step, job, expected, evaluation, room)
-    environment = {**os.environ, "PYTHONPATH": str(room / "code")}
-    last = _run([interpreter, "-c", SERVE, str(room), str(room / "fallback")], environment, job.progress.output)
-    answer = room / "answer.json"
-    if not answer.is_file():
+    command = [program_of(interpreter) or interpreter, "-c", SERVE, os.getcwd(), str(room), str(room / "fallback")]  # noqa: PTH109
+    last = _run(command, isolated_environment(str(room / "code")), job.progress.output)
+    try:
+        plain = json.loads((room / "answer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise PassError(
             f"The pass '{step.name}' ended with its interpreter {interpreter}, which said last: {' / '.join(last) or 'nothing'}"
-        )
-    plain = json.loads(answer.read_text(encoding="utf-8"))
+        ) from error
     if "error" in plain:
         kind = getattr(errors, plain["error"], PassError)
         raise kind(plain["message"])
@@ -104,6 +113,7 @@ def _write_job(step: FolderPass, job: Job, expected: ReferenceOutputs, evaluatio
     plain = {
         "module": type(step).__module__,
         "class": type(step).__qualname__,
+        "name": step.name,
         "options": as_plain(step),
         "texts": {name: {"source": text.source, "bos": text.bos} for name, text in windows.items()},
         "source": str(job.source.absolute()),
@@ -117,44 +127,99 @@ def _write_job(step: FolderPass, job: Job, expected: ReferenceOutputs, evaluatio
 
 
 def _run(command: list[str], environment: Mapping[str, str], shown: bool) -> list[str]:
-    """Runs a command, shows what it prints on stderr, and returns its last lines."""
+    """Runs a command with one further argument, shows what it prints on stderr, and returns its last lines.
+
+    That argument is the number of a pipe that closes when this process is no more, however it ended. Whatever the command started ends
+    with it.
+
+    Raises:
+        PassError: it cannot be run.
+    """
     last: deque[str] = deque(maxlen=LINES)
-    with subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    ) as process:
-        assert process.stdout is not None
+    theirs, ours = os.pipe()
+    try:
+        process = subprocess.Popen(
+            [*command, str(theirs)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            pass_fds=(theirs,),
+            start_new_session=True,
+        )
+    except OSError as error:
+        os.close(ours)
+        raise PassError(f"The interpreter {command[0]} cannot be run: {error.strerror}. Name a Python.") from error
+    finally:
+        os.close(theirs)
+    with process:
+        reader = threading.Thread(target=_read, args=(process.stdout, last, shown), daemon=True)
+        reader.start()
         try:
-            for line in process.stdout:
-                if shown:
-                    sys.stderr.write(line)
-                if line.strip():
-                    last.append(line.strip())
-        except BaseException:
-            process.kill()
-            raise
+            _wait(process)
+        finally:
+            _end(process)
+            reader.join(PATIENCE)
+            os.close(ours)
     return list(last)
+
+
+def _read(lines: IO[str], last: deque[str], shown: bool) -> None:
+    for line in lines:
+        if shown:
+            sys.stderr.write(line)
+        if line.strip():
+            last.append(printable(line.strip()))
+
+
+def _wait(process: subprocess.Popen[str]) -> None:
+    """Returns when a process has ended; not asleep for long, so that an interrupt is heard wherever it arrives."""
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(WATCHED)
+            return
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """Ends a process that is told to, or else is made to, and whatever it left behind that it had started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
 
 
 # On the other side
 
 
-def serve(room: str) -> None:
-    """Carries out the job that lies in a folder, and leaves the answer there; the other interpreter runs this."""
+def serve(room: str, lifeline: str) -> None:
+    """Carries out the job that lies in a folder, and leaves the answer there; the other interpreter runs this.
+
+    Args:
+        lifeline: the number of a pipe that closes when the run that asked for this is no more.
+    """
+    threading.Thread(target=_end_with, args=(int(lifeline),), daemon=True).start()
     folder = Path(room)
     plain = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     try:
         answer = _served(plain, load_file(folder / "job.safetensors"))
     except OptimumPruneError as error:
         answer = {"error": type(error).__name__, "message": str(error)}
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        what = f"The pass '{plain['name']}' failed in its interpreter: {type(error).__name__}: {reason(error)}"
+        answer = {"error": PassError.__name__, "message": what}
     partial = folder / "answer.partial"
     partial.write_text(json.dumps(answer), encoding="utf-8")
     partial.rename(folder / "answer.json")
+
+
+def _end_with(lifeline: int) -> None:
+    """Ends this process and all that it started when the run that asked for this is no more."""
+    os.read(lifeline, 1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _served(plain: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,28 @@
-"""Keeps libraries from changing the process that they run in: what they print, log, warn of, set and draw ends with a `with`."""
+"""Keeps libraries and plugins from changing the process that they run in: what they print, log, warn of, set and draw ends with a `with`."""
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import logging
 import os
+import signal
+import sys
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
+
+from optimum_prune.errors import OptimumPruneError, PassError, found_no_memory, reason
+
+T = TypeVar("T")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Numbers of the system's errors that are of the disk, and not of whoever writes on it."""
 
 
 @contextmanager
@@ -43,14 +55,140 @@ def isolated(*imports: str, seed: int | None = None, silent: bool = False) -> It
 
 
 @contextmanager
+def guarded(name: str, remedy: str = "Please report it to whoever wrote it.") -> Iterator[None]:
+    """Lets the code of a pass run within a `with`, and puts back what it changes of the process.
+
+    Put back are torch's default dtype and device, whether gradients are computed and how many threads compute, the handlers of signals,
+    the current folder, the environment's variables, the root logger and the filters of warnings. What it prints goes to stderr.
+
+    Args:
+        name: what the code is called, such as "The pass 'depth'".
+        remedy: what to do about an error of it.
+
+    Raises:
+        PassError: the code raises an error that is none of ours, or asks the program to end. An interrupt, and that the disk is full,
+            are nobody's error and stay what they are.
+    """
+    with _kept(_State.now()), _errors_named(name, remedy):
+        yield
+
+
+def guarded_steps(
+    name: str, make: Callable[[], Iterable[T]], remedy: str = "Please report it to whoever wrote it."
+) -> Iterator[T]:
+    """What the code of a pass yields, each made as within `guarded`; between two, the process is as before.
+
+    When it goes on, it finds what it had set, such as that no gradients are computed.
+
+    Args:
+        make: begins; it may compute all at once.
+    """
+    nothing: Any = object()
+    outer = _State.now()
+    with _kept(outer), _errors_named(name, remedy):
+        steps = iter(make())
+        inner = _State.now()
+    while True:
+        outer = _State.now()
+        with _kept(outer), _errors_named(name, remedy):
+            inner.put_back()
+            step = next(steps, nothing)
+            inner = _State.now()
+        if step is nothing:
+            return
+        yield step
+
+
+@contextmanager
+def _kept(before: _State) -> Iterator[None]:
+    with ExitStack() as stack:
+        stack.callback(before.put_back)
+        stack.enter_context(_root_logger())
+        stack.enter_context(warnings.catch_warnings())
+        stack.enter_context(redirect_stdout(sys.stderr))
+        yield
+
+
+@contextmanager
+def _errors_named(name: str, remedy: str) -> Iterator[None]:
+    try:
+        yield
+    except OptimumPruneError:
+        raise
+    except SystemExit as error:
+        raise PassError(f"{name} asked the program to end, by sys.exit({error.code!r}). {remedy}") from error
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise
+        if found_no_memory(error):
+            raise PassError(
+                f"{name} found no memory left. Leave the weights on disk with --offload, or ask for fewer or shorter windows."
+            ) from error
+        raise PassError(f"{name} failed: {type(error).__name__}: {reason(error)} {remedy}") from error
+
+
+@dataclass(frozen=True)
+class _State:
+    """What code can set for the whole process."""
+
+    dtype: torch.dtype
+    device: torch.device
+    gradients: bool
+    threads: int
+    folder: str | None
+    signals: dict[int, Any]
+    environment: dict[str, str]
+
+    @classmethod
+    def now(cls) -> _State:
+        """As it is."""
+        folder = None
+        with suppress(OSError):  # it may have been removed
+            folder = os.getcwd()  # noqa: PTH109 - to go back there
+        return cls(
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            torch.is_grad_enabled(),
+            torch.get_num_threads(),
+            folder,
+            {number: signal.getsignal(number) for number in signal.valid_signals()},
+            dict(os.environ),
+        )
+
+    def put_back(self) -> None:
+        """As it was, where it was changed."""
+        if torch.get_default_dtype() != self.dtype:
+            torch.set_default_dtype(self.dtype)
+        if torch.get_default_device() != self.device:
+            torch.set_default_device(None if self.device.type == "cpu" else self.device)
+        torch.set_grad_enabled(self.gradients)
+        if torch.get_num_threads() != self.threads:
+            torch.set_num_threads(self.threads)
+        if self.folder is not None:
+            with suppress(OSError):
+                os.chdir(self.folder)
+        _put_back(self.environment)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number, handler in self.signals.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+
+
+@contextmanager
 def _environment() -> Iterator[None]:
     before = dict(os.environ)
     try:
         yield
     finally:
-        for name in set(os.environ) - set(before):
+        _put_back(before)
+
+
+def _put_back(environment: Mapping[str, str]) -> None:
+    if os.environ != environment:
+        for name in set(os.environ) - set(environment):
             del os.environ[name]
-        os.environ.update(before)
+        os.environ.update(environment)
 
 
 @contextmanager

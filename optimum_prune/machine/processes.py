@@ -11,6 +11,7 @@ upon which the others fail at their next sum, silently: one sentence is enough.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,7 +24,7 @@ import torch
 from torch import distributed
 from torch.distributed.rendezvous import rendezvous
 
-from optimum_prune.errors import OptimumPruneError, reason
+from optimum_prune.errors import OptimumPruneError, reason, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +36,8 @@ PATIENCE = timedelta(days=30)
 PREFIXES = ("", "PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_")
 """Of the variables in which torchrun, accelerate and MPI say rank and size."""
 FAILURES = "optimum_prune/failures"
+MOST = 10**6
+"""More processes than any run has."""
 
 
 class ProcessError(OptimumPruneError):
@@ -75,7 +78,9 @@ def started() -> Iterator[None]:
         if "nccl" in str(distributed.get_backend_config()):
             found = replace(found, accelerator="cuda")
     else:
-        found = _connected(_number("RANK", "RANK", 0), _number("WORLD_SIZE", "SIZE", 1))
+        size = _number("WORLD_SIZE", "SIZE", 1, at_least=1)
+        rank = _number("RANK", "RANK", 0, below=size if size > 1 else MOST)
+        found = _connected(rank, size) if size > 1 else _ALONE
     token = _processes.set(found)
     try:
         yield
@@ -89,10 +94,8 @@ def started() -> Iterator[None]:
 
 
 def _connected(rank: int, size: int) -> _Processes:
-    if size == 1:
-        return _ALONE
-    local = _number("LOCAL_RANK", "LOCAL_RANK", rank)
-    here = _number("LOCAL_WORLD_SIZE", "LOCAL_SIZE", size)
+    here = _number("LOCAL_WORLD_SIZE", "LOCAL_SIZE", size, at_least=1)
+    local = _number("LOCAL_RANK", "LOCAL_RANK", rank, below=size)
     accelerator = ""
     if torch.cuda.is_available():
         torch.cuda.set_device(local % torch.cuda.device_count())
@@ -101,16 +104,30 @@ def _connected(rank: int, size: int) -> _Processes:
     try:
         store, _, _ = next(rendezvous("env://", rank, size))
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError, OverflowError) as error:
         raise ProcessError(
             f"The {size} processes do not find each other: {reason(error)} Start them with torchrun or `accelerate launch --multi_gpu`."
         ) from error
     return _Processes(rank, size, here, store, accelerator)
 
 
-def _number(name: str, of_mpi: str, default: int) -> int:
-    names = [name, *(prefix + of_mpi for prefix in PREFIXES[1:])]
-    return next((int(os.environ[each]) for each in names if each in os.environ), default)
+def _number(name: str, of_mpi: str, default: int, *, at_least: int = 0, below: int = MOST) -> int:
+    """The number in the first of the environment's variables for it that is set.
+
+    Raises:
+        ProcessError: it is no number, or not such a one.
+    """
+    for each in (name, *(prefix + of_mpi for prefix in PREFIXES[1:])):
+        text = os.environ.get(each, "").strip()
+        if not text:
+            continue
+        if not re.fullmatch("[0-9]{1,9}", text) or not at_least <= int(text) < below:
+            raise ProcessError(
+                f"The environment variable {each} is {shown(text)}, and should be a number from {at_least} to {below - 1}. Unset it, or start "
+                f"several processes with torchrun or `accelerate launch --multi_gpu`."
+            )
+        return int(text)
+    return default
 
 
 def lacking() -> str:

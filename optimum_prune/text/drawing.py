@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from optimum_prune.errors import TextError
-from optimum_prune.text.source import Source, source_of
+from optimum_prune.text.source import Source, documents, source_of
 from optimum_prune.text.text import (
     LENGTH,
     SAMPLES,
@@ -72,13 +72,14 @@ class Reader:
         Raises:
             TextError: it cannot be read, or is empty.
         """
-        documents, size = [], 0
-        for document in source_of(text, self.sources).read(text):
-            documents.append(document)
-            size += len(document)
+        source = source_of(text, self.sources)
+        parts, size = [], 0
+        for part in documents(source, text):
+            parts.append(part)
+            size += len(part)
             if size > characters:
                 break
-        joined = "\n\n".join(documents)[:characters]
+        joined = ("" if source.pieces else "\n\n").join(parts)[:characters]
         if not joined.strip():
             raise TextError(
                 f"The text {text.describe()} is empty. Name one with enough text for a window of {text.length} tokens."

@@ -1,11 +1,12 @@
-"""Sources of text: what reads a kind of file or a dataset, and which of them reads the text that is named."""
+"""Sources of text: what reads a kind of file or a dataset, which of them reads the text that is named, and what a row of it may be."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from optimum_prune.errors import TextError, unknown
+from optimum_prune.errors import OptimumPruneError, TextError, found_no_memory, reason, shown, unknown
 from optimum_prune.text.text import Text
 
 
@@ -17,9 +18,11 @@ class Source:
     """
 
     name: str
-    read: Callable[[Text], Iterable[str]]
-    """The documents of a text, in order."""
+    read: Callable[[Text], Iterable[str | None]]
+    """The documents of a text, in order; None for a row that has none."""
     suffixes: tuple[str, ...] = ()
+    pieces: bool = False
+    """Whether what it reads are the pieces of one document, instead of documents."""
 
 
 def source_of(text: Text, sources: Mapping[str, Source]) -> Source:
@@ -39,6 +42,69 @@ def source_of(text: Text, sources: Mapping[str, Source]) -> Source:
     if suffix not in suffixes:
         raise TextError(unknown("kind of text file", suffix, suffixes) + f" Convert {text.file} to one of these.")
     return suffixes[suffix]
+
+
+def documents(source: Source, text: Text) -> Iterator[str]:
+    """The documents of a text as its source reads them, without those that are null.
+
+    Raises:
+        TextError: one is no text, or the source fails; the message names the row, or the source.
+    """
+    rows = _guarded(source, text, lambda each: iter(source.read(each)))
+    for number, row in enumerate(_guarded_rows(source, text, rows), start=1):
+        if row is not None:
+            yield checked(row, f"Row {number} of {text.describe()}", text)
+
+
+def _guarded_rows(source: Source, text: Text, rows: Iterator[Any]) -> Iterator[Any]:
+    nothing = object()
+    while (row := _guarded(source, text, lambda _: next(rows, nothing))) is not nothing:
+        yield row
+
+
+def _guarded(source: Source, text: Text, work: Callable[[Text], Any]) -> Any:
+    """What a source does, whose errors become sentences."""
+    try:
+        return work(text)
+    except OptimumPruneError:
+        raise
+    except Exception as error:  # of a plugin, of a library that reads a file, or of the network
+        if found_no_memory(error):
+            raise
+        raise TextError(
+            f"The text {text.describe()} cannot be read by '{source.name}': {type(error).__name__}: {reason(error)} Mend it, or name another."
+        ) from error
+
+
+def checked(row: object, where: str, text: Text) -> str:
+    """A row of a table as a text.
+
+    Args:
+        where: which row it is, for the error.
+
+    Raises:
+        TextError: it is something else, or text with half of a character in it.
+    """
+    if not isinstance(row, str):
+        kinds = {
+            bool: "true or false",
+            int: "a number",
+            float: "a number",
+            bytes: "bytes",
+            list: "a list",
+            dict: "a mapping",
+        }
+        kind = kinds.get(type(row), f"a value of type {type(row).__name__}")
+        raise TextError(
+            f"{where} has {kind} in '{text.column}', {shown(row)}, where a text should be. Mend it, or name another 'column'."
+        )
+    try:
+        row.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(
+            f"{where} has half of a character in '{text.column}' ({row[error.start]!a}, at character {error.start}), which is no text. Mend it."
+        ) from error
+    return row
 
 
 def check_column(column: str, columns: Iterable[str], text: Text) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from optimum_prune.errors import RecipeError, TextError
-from optimum_prune.options import option
+from optimum_prune.errors import RecipeError, TextError, printable
+from optimum_prune.machine import given_files
+from optimum_prune.options import check_options, option
 
+MOST = 2**31 - 1
+"""More windows, or tokens of one, than any model is given."""
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1"
 SAMPLES = 128
 LENGTH = 2048
@@ -22,26 +25,34 @@ class Text:
         "A dataset of the Hugging Face Hub, as NAME[:CONFIG[:SPLIT]]; the split is 'train' if not given.", None
     )
     column: str = option("The field or column that holds the text.", "text")
-    samples: int | None = option(f"How many windows; {SAMPLES} if not given, or as many as there are.", None)
-    length: int | None = option(f"Tokens of a window; {LENGTH} if not given, or as many as the model can take.", None)
+    samples: int | None = option(
+        f"How many windows; {SAMPLES} if not given, or as many as there are.", None, at_most=MOST
+    )
+    length: int | None = option(
+        f"Tokens of a window; {LENGTH} if not given, or as many as the model can take.", None, at_most=MOST
+    )
 
     def __post_init__(self) -> None:
+        check_options(self, "a text")
         if self.text is not None and self.dataset is not None:
             raise RecipeError(f"Both a text ({self.text}) and a dataset ({self.dataset}) are named. Name one of them.")
+        if self.dataset is not None and not self.dataset_parts[0]:
+            raise RecipeError("A dataset without a name is named. Write NAME[:CONFIG[:SPLIT]], or name a text file.")
         if self.length is not None and self.length < 2:
             raise RecipeError(f"Windows of {self.length} tokens are asked for. A window needs at least 2.")
         if self.samples is not None and self.samples < 0:
             raise RecipeError(
                 f"{self.samples} windows are asked for. Give a number of at least 1, or 0 to evaluate nothing."
             )
-        if self.file is not None and not self.file.is_file():
-            what = "is a folder" if self.file.is_dir() else "does not exist"
-            raise TextError(f"The text file {self.text} {what}. Name a .txt, .jsonl or .parquet file.")
+        if self.file is not None and (flaw := given_files.flaw(self.file)):
+            raise TextError(
+                f"The text file {self.text or 'without a name'} {flaw}. Name a .txt, .jsonl or .parquet file."
+            )
 
     @property
     def file(self) -> Path | None:
         """The text file, if one is named; option and recipe key call it `text`."""
-        return None if self.text is None else Path(self.text)
+        return None if self.text is None else given_files.path_of(self.text)
 
     @property
     def named(self) -> bool:
@@ -52,14 +63,15 @@ class Text:
     def dataset_parts(self) -> tuple[str, str | None, str]:
         """Name, config and split of the dataset."""
         name, *rest = (self.dataset or "").split(":")
+        name = str(given_files.path_of(name)) if name.startswith("~") else name
         return name, rest[0] or None if rest else None, ":".join(rest[1:]) or "train"
 
     def describe(self) -> str:
         """Where the text is from, in one phrase."""
         if self.file is not None:
-            return self.file.name
+            return printable(self.file.name)
         name, config, split = self.dataset_parts
-        return ":".join(part for part in (name, config, split) if part)
+        return printable(":".join(part for part in (name, config, split) if part))
 
     def same_text_as(self, other: Text) -> bool:
         """Whether both name the same file, or the same split of the same dataset."""

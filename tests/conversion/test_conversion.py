@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +13,7 @@ from folder_passes import Archive, Halve
 
 from optimum_prune import Depth, Osscar, Pruner, Text, compress, load_model
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
+from optimum_prune.conversion.interpreter import check_environment
 from optimum_prune.errors import PassError, RecipeError, VerificationError
 from optimum_prune.evaluation.comparison import ReferenceOutputs, compare
 from optimum_prune.evaluation.runtime import TransformersRuntime
@@ -117,7 +117,7 @@ class TestWhatCannotBeDone:
         fake.write_text(STAND_INS)
         fake.chmod(0o755)
         with pytest.raises(RecipeError, match=r"does not answer as a Python does"):
-            recipe(Archive(python=str(fake)))
+            check_environment(Archive(python=str(fake)))
 
     def test_libraries_missing_in_the_other_environment(self, recipe, tmp_path):
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
@@ -125,7 +125,7 @@ class TestWhatCannotBeDone:
         with pytest.raises(
             RecipeError, match=rf"torch, transformers, .* Run: {python} -m pip install 'torch' 'transf"
         ):
-            recipe(Archive(python=str(python)))
+            check_environment(Archive(python=str(python)))
 
 
 class TestAnotherInterpreter:
@@ -149,8 +149,9 @@ class TestAnotherInterpreter:
         with pytest.raises(RecipeError, match=r"not installed here.*or name another interpreter"):
             recipe(Archive())
         monkeypatch.setenv("OPTIMUM_PRUNE_PYTHON_ARCHIVE", sys.executable)
+        recipe(Archive())
         with pytest.raises(RecipeError, match=rf"not installed in the environment of {sys.executable}"):
-            recipe(Archive())
+            check_environment(Archive())
 
     @pytest.mark.parametrize(
         ("fail", "kind", "message"),
@@ -170,25 +171,3 @@ class TestAnotherInterpreter:
         monkeypatch.setattr(Archive, "__module__", "__main__")
         with pytest.raises(RecipeError, match=r"defined in __main__"):
             compress(steps, tmp_path / "out")
-
-
-def test_a_child_does_not_outlive_its_parent_that_is_stopped(recipe, tmp_path):
-    """The other interpreter ends when the run is interrupted."""
-    from optimum_prune.conversion import elsewhere
-
-    script = "import os, sys, time; print(os.getpid(), flush=True); time.sleep(60)"
-    heard = []
-
-    class Ear:
-        def write(self, line):
-            heard.append(int(line))
-            signal.raise_signal(signal.SIGINT)
-
-    old, sys.stderr = sys.stderr, Ear()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            elsewhere._run([sys.executable, "-c", script], os.environ, True)
-    finally:
-        sys.stderr = old
-    with pytest.raises(ProcessLookupError):
-        os.kill(heard[0], 0)

@@ -1,6 +1,5 @@
 """A run that fails after its checkpoint was written keeps that, and goes on from it."""
 
-import json
 import os
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ from folder_passes import Archive, Halve
 
 from optimum_prune import Depth, Pruner, Text, compress, hookimpl, load_model
 from optimum_prune.errors import OutputError, PassError, RecipeError, VerificationError
+from optimum_prune.machine.locks import lock
 from optimum_prune.machine.progress import Progress
 
 
@@ -105,8 +105,8 @@ class TestARunThatFailsLate:
 
     def test_is_not_taken_from_a_process_that_is_at_work(self, recipe, tmp_path):
         self.fail(recipe, tmp_path / "out", Depth(layers=1), Archive(fail="raise"))
-        file = tmp_path / "out.unfinished/state.json"
-        state = json.loads(file.read_text())
-        file.write_text(json.dumps({**state, "process": [state["process"][0], os.getppid()]}))
-        with pytest.raises(OutputError, match=rf"process {os.getppid()} is at work"):
+        with (
+            lock(tmp_path / ".out.lock", "held"),
+            pytest.raises(OutputError, match=rf"process {os.getpid()} on .* is at work there"),
+        ):
             compress(recipe(Depth(layers=1), Archive()), tmp_path / "out")

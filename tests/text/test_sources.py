@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import tiny
 import torch
 from texts import DOCUMENTS, LENGTH, LIMIT, windows_of, write
 
 from optimum_prune import Source, Text
+from optimum_prune.builtin.sources.files import PIECE
 from optimum_prune.errors import RecipeError, TextError
 from optimum_prune.text.drawing import Reader, draw
 
@@ -38,23 +41,123 @@ def test_another_column_can_hold_the_text(suffix, tmp_path, plain, sources):
         ('{"text": "a"}\n\n{"body": "b"}', ".jsonl", "Line 3 "),
         ('{"text": 7}', ".jsonl", "Line 1 "),
         ("{", ".jsonl", "Line 1 "),
+        ('{"text": ["a"]}', ".jsonl", r"Line 1 .* has a list in 'text', \['a'\], where a text should be"),
+        ('{"text": true}', ".jsonl", "Line 1 .* has true or false in 'text'"),
+        ('{"text": "a"}\n{"text": 7.5}', ".jsonl", "Line 2 .* has a number in 'text', 7.5"),
+        ('{"text": null}\n{"text": null}', ".jsonl", "is empty"),
+        ('{"text": "a\\ud83d b"}', ".jsonl", "Line 1 .* has half of a character in 'text'"),
+        ('{"text": ' + "[" * 100_000, ".jsonl", "Line 1 "),
+        ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", ".jsonl", "Line 1 "),
+        ('{"text": ' + "9" * 5000 + "}", ".jsonl", "Line 1 "),
+        ('[\n{"text": "a"}\n]', ".jsonl", "Line 1 "),
+        ("\ufeff", ".txt", "is empty"),
         ("not parquet", ".parquet", "is not a Parquet file"),
         ("a,b", ".csv", r"No kind of text file is called '\.csv'"),
     ],
-    ids=str,
+    ids=lambda value: repr(value[:30]),
 )
 def test_texts_that_cannot_be_used_are_refused(content, suffix, why, tmp_path, plain, sources):
     file = tmp_path / f"broken{suffix}"
     file.write_text(content)
+    with pytest.raises(TextError, match=why) as caught:
+        windows_of(file, plain, sources)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "place"),
+    [
+        (b"tr\xe8s bien " * 100, 2),
+        (b"a" * (PIECE - 1) + "ü".encode() + b"bc\xff", PIECE + 3),
+        (b"a" * PIECE + b"\xc3", PIECE),
+        ("abc".encode("utf-16"), 0),
+    ],
+    ids=["latin", "in a later piece", "cut short", "utf-16"],
+)
+def test_a_text_that_is_not_utf8_is_refused_with_the_place(content, place, tmp_path, plain, sources):
+    file = tmp_path / "text.txt"
+    file.write_bytes(content)
+    with pytest.raises(TextError, match=f"not UTF-8 at byte {place}\\."):
+        windows_of(file, plain, sources)
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 7])
+def test_a_text_is_read_as_python_reads_it_however_long_its_lines_are(size, tmp_path, plain, sources):
+    file = tmp_path / "text.txt"
+    file.write_bytes(("\r\nü\r x\n" + "ab" * size)[: size + 12].encode())
+    read = Reader(plain, sources, LIMIT).read(Text(text=str(file)), 2**30)
+    assert read == file.read_text(encoding="utf-8")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path, plain, sources):
+    for suffix in (".txt", ".jsonl"):
+        bare, marked = write(tmp_path, suffix, name="bare"), tmp_path / f"marked{suffix}"
+        marked.write_bytes(b"\xef\xbb\xbf" + bare.read_bytes())
+        reader = Reader(plain, sources, LIMIT)
+        assert reader.read(Text(text=str(marked)), 2**20) == reader.read(Text(text=str(bare)), 2**20)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_rows_that_are_null_are_skipped(suffix, tmp_path, plain, sources):
+    with_nulls = write(tmp_path, suffix, [None, DOCUMENTS[0], None, *DOCUMENTS[1:], None], name="nulls")
+    windows, _ = windows_of(with_nulls, plain, sources)
+    expected, _ = windows_of(write(tmp_path, suffix), plain, sources)
+    assert torch.equal(windows.tokens, expected.tokens)
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [
+        ([1, 2], "int64"),
+        ([b"a", b"b"], "binary"),
+        ([["a"], ["b"]], "list<"),
+        ([{"a": "b"}], "struct<"),
+        ([True], "bool"),
+    ],
+    ids=str,
+)
+def test_a_column_of_parquet_that_holds_no_text_is_named(column, kind, tmp_path, plain, sources):
+    file = tmp_path / "other.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), file)
+    with pytest.raises(TextError, match=rf"The column 'text' of .*other\.parquet holds {kind}.* 'column'"):
+        windows_of(file, plain, sources)
+
+
+@pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
+def test_texts_of_every_kind_of_parquet_are_read(kind, tmp_path, plain, sources):
+    column = pyarrow.array(DOCUMENTS)
+    column = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pyarrow, kind)())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "other.parquet")
+    windows, _ = windows_of(tmp_path / "other.parquet", plain, sources)
+    assert torch.equal(windows.tokens, windows_of(write(tmp_path, ".parquet"), plain, sources)[0].tokens)
+
+
+def test_a_parquet_file_that_is_damaged_inside_is_refused(tmp_path, plain, sources):
+    file = write(tmp_path, ".parquet", [tiny.text(300, seed) for seed in range(40)])
+    content = bytearray(file.read_bytes())
+    content[1000:5000] = bytes(4000)
+    file.write_bytes(content)
+    with pytest.raises(TextError, match="is not a Parquet file that can be read"):
+        windows_of(file, plain, sources)
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        (["a", 7], "Row 2 of any:train has a number in 'text', 7"),
+        ([None, b"a"], "Row 2 of any:train has bytes"),
+        (["\ud800"], "Row 1 of any:train has half of a character"),
+        ([object()], "Row 1 of any:train has a value of type object"),
+        (iter([]), "is empty"),
+        (7, "cannot be read by 'any': TypeError"),
+        ((1 / 0 for _ in range(2)), r"cannot be read by 'any': ZeroDivisionError: division by zero\. Mend it"),
+    ],
+    ids=["number", "bytes", "surrogate", "object", "nothing", "no texts", "fault"],
+)
+def test_a_source_that_does_not_give_texts_is_named(rows, why, plain):
+    source = Source("any", lambda _: rows)
     with pytest.raises(TextError, match=why):
-        windows_of(file, plain, sources)
-
-
-def test_a_text_that_is_not_utf8_is_refused_with_the_place(tmp_path, plain, sources):
-    file = tmp_path / "latin.txt"
-    file.write_bytes(b"tr\xe8s bien " * 100)
-    with pytest.raises(TextError, match="not UTF-8 at byte 2"):
-        windows_of(file, plain, sources)
+        Reader(plain, {"any": source}, LIMIT).read(Text(dataset="any"), 100)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])

@@ -7,7 +7,10 @@ that are installed; both commands therefore take whatever follows as it is, and 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+from typing import Any
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -21,8 +24,16 @@ class _HandedOver(BaseOptimumCLICommand):  # type: ignore[misc]  # optimum is no
         parser.add_argument("arguments", nargs=argparse.REMAINDER)
 
     def run(self) -> None:
+        try:
+            os.getcwd()  # noqa: PTH109 - asks only whether there is one
+        except OSError:
+            sys.exit("optimum-cli: error: The current folder is not there any more. Go to another.")
         from optimum_prune.cli.main import main
+        from optimum_prune.machine.interrupts import end_at_once
+        from optimum_prune.machine.streams import open_closed
 
+        open_closed()
+        end_at_once("optimum-cli")
         sys.exit(main([self.COMMAND.name, *self.args.arguments]))
 
 
@@ -39,3 +50,15 @@ class CompressCommand(_HandedOver):
 
 
 REGISTER_COMMANDS = [PruneCommand, CompressCommand]
+
+
+def _end(number: int, frame: Any) -> None:
+    """Ends the program that is told to stop while it imports its libraries, which takes seconds."""
+    os.write(2, b"optimum-cli: interrupted; nothing was written.\n")
+    os._exit(130)
+
+
+if sys.argv[1:2] and sys.argv[1] in {command.COMMAND.name for command in REGISTER_COMMANDS}:
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(_number) is not signal.SIG_IGN:
+            signal.signal(_number, _end)

@@ -1,0 +1,134 @@
+"""The command line's parser: commands, and the flags of each from the options of passes, settings and texts."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NoReturn, TextIO
+
+from optimum_prune.cli import commands
+from optimum_prune.cli.arguments import add_flag, attributes, check_flags
+from optimum_prune.cli.flags import add_common, add_debug, add_evaluation, add_output
+from optimum_prune.errors import PluginError, cut, printable
+from optimum_prune.hooks.plugins import Plugins
+from optimum_prune.machine import processes
+from optimum_prune.options import options_of
+from optimum_prune.passes.base import Pass, Stage
+
+LONGEST = 1000
+"""Characters of an error."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence.
+
+    Args:
+        out: where help goes.
+    """
+
+    def __init__(self, out: TextIO, **options: Any) -> None:
+        super().__init__(**options)
+        self._out = out
+
+    def add_subparsers(self, **options: Any) -> Any:
+        """Commands below this one, parsed alike."""
+        below: Any = partial(Parser, self._out)
+        return super().add_subparsers(parser_class=below, required=True, **options)
+
+    def print_help(self, file: Any = None) -> None:
+        """Puts help where results go."""
+        super().print_help(file or self._out)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with one sentence."""
+        text = cut(printable(message), LONGEST)
+        self.exit(2, f"{self.prog}: error: {text[:1].upper()}{text[1:].rstrip('.')}. See {self.prog} --help.\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if processes.first():
+            super()._print_message(message, file)
+
+
+def parser_for(program: str, plugins: Plugins, out: TextIO, left_out: Mapping[str, str]) -> Parser:
+    """The parser of all commands.
+
+    Args:
+        left_out: the passes that cannot be methods.
+    """
+    parser = Parser(out, prog=program)
+    top = parser.add_subparsers(metavar="COMMAND")
+    methods = {name: step for name, step in methods_of(plugins).items() if name not in left_out}
+    _add_prune(top.add_parser("prune", help="Prune a model with one method."), methods)
+    _add_compress(top.add_parser("compress", help="Run, plan and evaluate recipes."))
+    return parser
+
+
+def methods_of(plugins: Plugins) -> dict[str, type[Pass]]:
+    """The passes that `prune` carries out."""
+    return {name: step for name, step in sorted(plugins.passes.items()) if step.stage is Stage.PRUNE}
+
+
+def not_to_be_used(plugins: Plugins, out: TextIO) -> dict[str, str]:
+    """The passes whose options cannot be given, with a sentence that says why; the others go on working."""
+    with_all_flags = Parser(out)
+    add_output(with_all_flags)
+    add_common(with_all_flags)
+    with_all_flags.set_defaults(run=None, pass_class=None, together=None, out=None)
+    found = {}
+    for name, step in plugins.passes.items():
+        try:
+            check_flags(step, attributes(with_all_flags) if step.stage is Stage.PRUNE else ())
+        except PluginError as error:
+            found[name] = f"The pass '{name}' of {plugins.providers[name].distribution} is left out. {error}"
+    return found
+
+
+def _add_prune(parser: Any, methods: Mapping[str, type[Pass]]) -> None:
+    parser.description = "Prune a language model with one method."
+    below = parser.add_subparsers(metavar="METHOD", title="methods")
+    for name, step in methods.items():
+        described = step.__doc__ or ""
+        if "%(prog)" in described:  # of which argparse makes the name of the program, and of each %% one
+            described = described.replace("%", "%%")
+        method = below.add_parser(name, help=step.summary().replace("%", "%%"), description=described)
+        options = method.add_argument_group(f"options of {name}")
+        for option in options_of(step).values():
+            add_flag(option, options, once=True)
+        add_output(method)
+        add_common(method, model_required=True)
+        method.set_defaults(run=commands.prune, pass_class=step, together=True)
+
+
+def _add_compress(parser: Any) -> None:
+    parser.description = "Run, plan and evaluate compression recipes."
+    actions = parser.add_subparsers(metavar="ACTION", title="actions")
+
+    run = actions.add_parser("run", help="Carry out a recipe.")
+    run.add_argument("recipe", metavar="RECIPE.yaml", help="The recipe.")
+    run.add_argument(
+        "--allow-interpreters",
+        action="store_true",
+        help="Run passes in the interpreters that the recipe names as their option 'python'. Look at them first: they are programs.",
+    )
+    add_output(run)
+    add_common(run)
+    run.set_defaults(run=commands.run, together=True)
+
+    plan = actions.add_parser("plan", help="Say what a recipe would do; reads no weights, and runs nothing.")
+    plan.add_argument("recipe", metavar="RECIPE.yaml", help="The recipe.")
+    plan.add_argument("--json", action="store_true", help="Print every figure as JSON.")
+    add_common(plan)
+    plan.set_defaults(run=commands.plan, together=False)
+
+    evaluate = actions.add_parser("evaluate", help="Measure the perplexity of any checkpoint.")
+    evaluate.add_argument("model", metavar="MODEL", help="A folder, a Hub id, or a .gguf file.")
+    add_evaluation(evaluate)
+    evaluate.set_defaults(run=commands.evaluate, together=True)
+
+    passes = actions.add_parser("passes", help="List every pass that is installed.")
+    passes.set_defaults(run=commands.passes, together=False)
+    families = actions.add_parser("families", help="List every architecture that can be pruned.")
+    families.set_defaults(run=commands.families, together=False)
+    for parser in (passes, families):
+        add_debug(parser)

@@ -1,0 +1,58 @@
+"""Files that a person names: `~` means the home folder, and what is no file that can be read is said before it is opened."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
+"""Where the system shows what a shell connected: a pipe there ends, and one with a name of its own may never."""
+
+
+def path_of(name: str | os.PathLike[str]) -> Path:
+    """The path that a name means, `~` and `~user` included where they are known."""
+    path = Path(name)
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no home folder is known: it is a name like any other
+        return path
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is something of that name, which may be no name that any file can have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def flaw(path: Path, *, piped: bool = False) -> str:
+    """Why a path is no file that can be read, as the end of a sentence, such as "does not exist"; empty if it is one.
+
+    Args:
+        piped: whether a pipe from the shell will do, which can be read once.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "is a link that leads nowhere" if path.is_symlink() else "does not exist"
+    except OSError as error:
+        return f"cannot be reached ({error.strerror})"
+    except ValueError:  # a NUL character
+        return "has a name that no file can have"
+    if stat.S_ISDIR(mode):
+        return "is a folder"
+    if not stat.S_ISREG(mode) and not (piped and str(path).startswith(PIPES)):
+        return "is no file but a pipe or a device, which may never end"
+    return "" if os.access(path, os.R_OK) else "may not be read (Permission denied)"
+
+
+def beginning(path: Path, size: int) -> bytes:
+    """The first bytes of a file, at most so many.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return file.read(size)
