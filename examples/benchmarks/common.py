@@ -19,7 +19,7 @@ def arguments(description: str, samples: int, **sizes: int) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("text")
-    parser.add_argument("--quark", help="an interpreter with amd-quark")
+    parser.add_argument("--quark", help="an interpreter with amd-quark; the model must then be a folder")
     for name, default in {"samples": samples, "length": 512, **sizes}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--dtype", default="bfloat16")
