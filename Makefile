@@ -44,7 +44,7 @@ readme: $(ALL)/ready
 
 # What every recipe costs, into the README; takes about an hour.
 grid: $(ALL)/ready $(LLM_COMPRESSOR)/ready $(DEMO)/evaluation.txt
-	$(ALL)/bin/python examples/benchmarks/grid.py $(DEMO)/model/*.gguf $(DEMO)/calibration.txt $(DEMO)/evaluation.txt $(DEMO)/grid \
+	OPTIMUM_PRUNE_PYTHON_LLM_COMPRESSOR=$(CURDIR)/$(LLM_COMPRESSOR)/bin/python $(ALL)/bin/python examples/benchmarks/grid.py $(DEMO)/model/*.gguf $(DEMO)/calibration.txt $(DEMO)/evaluation.txt $(DEMO)/grid \
 		--readme README.md
 
 $(DEMO)/evaluation.txt: $(VENV)/ready examples/fetch_model_and_text.py
