@@ -16,6 +16,8 @@ SUFFIXES = (".json", ".safetensors", ".bin")
 """Of files that are read, beside those that are carried along."""
 NAMING = ("transformers_weights", "configuration_files", "fast_tokenizer_files")
 """Fields of JSON files that name other files of the folder."""
+STALE = ("special_tokens_map_file", "added_tokens_file")
+"""Fields in which a tokenizer notes where it was once read from; nothing reads them."""
 
 
 def check_folder(folder: Path, *, code: bool = False) -> None:
@@ -61,6 +63,25 @@ def check_names(plain: Mapping[str, Any], where: str) -> None:
                     f"The '{key}' of {where} names {cut(printable(name), LONGEST)}, which is outside of the model's folder, and nothing outside "
                     f"is read. Take it out."
                 )
+
+
+def check_tokenizer_files(plain: Mapping[str, Any], folder: Path, where: str) -> None:
+    """Refuses the config of a tokenizer that names files which are there and lie elsewhere: some versions of transformers read them.
+
+    Args:
+        where: the config, for the message.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    for key, value in plain.items():
+        if not str(key).endswith("_file") or key in STALE or not isinstance(value, str) or is_plain(value):
+            continue
+        if os.path.lexists(value) and not is_inside(Path(value), folder):
+            raise CheckpointError(
+                f"The '{key}' of {where} is {cut(printable(value), LONGEST)}, which is outside of the model's folder, and nothing outside is "
+                f"read. Take it out."
+            )
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from optimum_prune.checkpoint.adapters import ADAPTERS, refuse_adapter
-from optimum_prune.checkpoint.boundary import check_folder, check_names, is_inside
+from optimum_prune.checkpoint.boundary import check_folder, check_names, check_tokenizer_files
 from optimum_prune.checkpoint.companions import belongs_beside
 from optimum_prune.checkpoint.described import check_described, check_plain, refuse_quantized
 from optimum_prune.checkpoint.files import cached, file_names
@@ -66,11 +66,14 @@ class Checkpoint:
         """
         from transformers import AutoTokenizer
 
-        plain = _plain(Path(self.source) / TOKENIZER_CONFIG)
-        check_names(plain, f"{self.name}'s {TOKENIZER_CONFIG}")
+        folder = Path(self.source)
+        file = folder / TOKENIZER_CONFIG if folder.is_dir() else cached(self.source, TOKENIZER_CONFIG)
+        plain, where = {} if file is None else _plain(file), f"{self.name}'s {TOKENIZER_CONFIG}"
+        check_names(plain, where)
+        check_tokenizer_files(plain, folder, where)
         try:
             with quietly():
-                tokenizer = AutoTokenizer.from_pretrained(self.source, **self.arguments())
+                return AutoTokenizer.from_pretrained(self.source, **self.arguments())
         except (KeyboardInterrupt, SystemExit):
             raise
         except (
@@ -79,19 +82,6 @@ class Checkpoint:
             if _asks_for_trust(error):
                 raise _not_trusted(self.name, "tokenizer") from error
             raise CheckpointError(f"The tokenizer of {self.name} cannot be read: {reason(error)}") from error
-        self._check_read(tokenizer)
-        return tokenizer
-
-    def _check_read(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Refuses a tokenizer that was made of a file which its config names and which lies elsewhere, as older transformers allow it."""
-        folder = Path(self.source)
-        for field in getattr(tokenizer, "vocab_files_names", ()) if folder.is_dir() and not self.gguf_file else ():
-            named = getattr(tokenizer, "init_kwargs", {}).get(field)
-            if isinstance(named, str) and Path(named).is_file() and not is_inside(Path(named), folder):
-                raise CheckpointError(
-                    f"The '{field}' of {self.name}'s {TOKENIZER_CONFIG} is {printable(named)}, which is outside of the model's folder, and "
-                    f"nothing outside is read. Take it out."
-                )
 
     def companions(self, *, tokenizer: bool = True) -> tuple[Path, ...]:
         """The files that belong beside its weights, whatever is done to them.

@@ -58,7 +58,8 @@ def with_older_fields(plain: Mapping[str, Any]) -> dict[str, Any]:
 
 def _additions(config: Mapping[str, Any]) -> Iterator[list[Addition]]:
     """What transformers 4 would read in a config, each in the forms that will do, the best first."""
-    rope = config.get("rope_parameters") or {}
+    rope = config.get("rope_parameters")
+    rope = rope if isinstance(rope, Mapping) else {}
     names = OLDER_NAMES.get(config.get("model_type", ""), {})
     older = {older: place[name] for older, name in names.items() for place in (rope, config) if name in place}
     if older:

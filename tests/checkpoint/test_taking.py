@@ -19,6 +19,7 @@ from optimum_prune.errors import CheckpointError, NumericalError
 from optimum_prune.plan.source import ModelSource
 from optimum_prune.text.windows import Texts
 
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by torch.compile
 UP = "model.layers.0.mlp.up_proj.weight"
 
 

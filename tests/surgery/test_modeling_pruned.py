@@ -330,7 +330,6 @@ HOSTILE = {
     "a field that there is not": {"first": {"fancy": 3}},
     "a size in words": {"first": {"intermediate_size": "wide"}},
     "no size": {"first": {"intermediate_size": 0}},
-    "a size that no machine holds": {"first": {"intermediate_size": 10**15}},
     "an activation": {"first": {"hidden_act": "silu"}},
     "layers that there are not": {"own": [{}] * 99},
     "no layers": {"own": 3},

@@ -226,6 +226,18 @@ def test_a_snapshot_of_the_hubs_cache_is_a_folder_like_any_other(model, taken, t
     taken(snapshot)
 
 
+@pytest.mark.parametrize("field", ["tokenizer_file", "vocab_file"])
+def test_a_tokenizer_is_not_made_of_a_file_elsewhere_that_its_config_names(field, model, refused, tmp_path):
+    shutil.copy(model / "tokenizer.json", tmp_path / "elsewhere.json")
+    edit(model / "tokenizer_config.json", **{field: str(tmp_path / "elsewhere.json")})
+    assert f"'{field}'" in refused(model)
+
+
+def test_where_a_tokenizer_was_once_read_from_is_nobodys_concern(model, taken):
+    edit(model / "tokenizer_config.json", tokenizer_file="/nowhere/tokenizer.json", special_tokens_map_file=__file__)
+    taken(model)
+
+
 @pytest.mark.parametrize("field", ["transformers_weights", "configuration_files"])
 def test_a_config_names_no_files_outside(field, model, refused):
     edit(model / CONFIG, **{field: "../config.4.0.json"})
