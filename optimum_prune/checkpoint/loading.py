@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from optimum_prune.anatomy.counts import count_parameters
-from optimum_prune.checkpoint.adapters import ADAPTERS, refuse_adapter
+from optimum_prune.checkpoint.adapters import ADAPTERS, refuse_adapter, refuse_adapter_weights
 from optimum_prune.checkpoint.boundary import check_folder
 from optimum_prune.checkpoint.generation import generation_config_of
 from optimum_prune.checkpoint.opening import Checkpoint, meta_model
@@ -199,6 +199,7 @@ def _loaded(
         raise refusal.error(_why_unreadable(error, source, refusal)) from error
     if problems := _problems(info, refusal.tolerated):
         raise refusal.error(f"{refusal.unfit}: {problems}.{refusal.remedy}")
+    refuse_adapter_weights(info["unexpected_keys"], str(source))
     if lost := left_out_layer(model, info["unexpected_keys"]):
         raise refusal.error(
             f"{refusal.unfit}: that has fewer layers than the weights, which would be lost, such as {lost}.{refusal.remedy}"

@@ -73,7 +73,7 @@ class Checkpoint:
         check_tokenizer_files(plain, folder, where)
         try:
             with quietly():
-                return AutoTokenizer.from_pretrained(self.source, **self.arguments())
+                tokenizer = AutoTokenizer.from_pretrained(self.source, **self.arguments())
         except (KeyboardInterrupt, SystemExit):
             raise
         except (
@@ -82,6 +82,9 @@ class Checkpoint:
             if _asks_for_trust(error):
                 raise _not_trusted(self.name, "tokenizer") from error
             raise CheckpointError(f"The tokenizer of {self.name} cannot be read: {reason(error)}") from error
+        if not isinstance(getattr(tokenizer, "model_max_length", 0), (int, float)):
+            raise CheckpointError(f"The 'model_max_length' of {where} is no number. Mend it.")
+        return tokenizer
 
     def companions(self, *, tokenizer: bool = True) -> tuple[Path, ...]:
         """The files that belong beside its weights, whatever is done to them.

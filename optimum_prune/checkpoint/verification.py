@@ -35,6 +35,8 @@ class Probe:
     """Logits at the last positions, without a cache."""
     cached: Float[Tensor, "windows decoded vocabulary"]
     """The same, decoded token by token with a cache."""
+    attention: str | None = None
+    """By what transformers computed attention, which no checkpoint says; another rounds otherwise."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,8 @@ def _probe(model: PreTrainedModel, tokens: Int[Tensor, "windows length"]) -> Pro
     few = tokens[:PROBE_WINDOWS, :PROBE_TOKENS].to(device)
     decoded = min(PROBE_DECODED, few.shape[1] - 1)
     plain = model(input_ids=few, use_cache=False).logits[:, -decoded:]
-    return Probe(few.cpu(), plain.float().cpu(), torch.cat(list(_decode(model, few, decoded)), dim=1).float().cpu())
+    cached = torch.cat(list(_decode(model, few, decoded)), dim=1)
+    return Probe(few.cpu(), plain.float().cpu(), cached.float().cpu(), model.config._attn_implementation)
 
 
 def _decode(model: PreTrainedModel, tokens: Tensor, decoded: int) -> Iterator[Tensor]:
@@ -100,6 +103,8 @@ def verify(folder: Path, expected: Probe, loading: Loading) -> tuple[PreTrainedM
         VerificationError: keys that are missing, unexpected or of another shape, or logits that differ.
     """
     model = reload(folder, loading)
+    if expected.attention is not None and model.config._attn_implementation != expected.attention:
+        model.set_attn_implementation(expected.attention)
     found = probe(model, expected.tokens)
     verification = Verification(
         max_logit_difference=_difference(found.plain, expected.plain),

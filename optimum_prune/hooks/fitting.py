@@ -68,6 +68,8 @@ def check_pass(step: type[Pass], plugin: str) -> None:
 
 def why_not_imported(error: BaseException) -> str:
     """What a plugin's failing import means, as the end of a sentence."""
+    if isinstance(error, SystemExit):
+        return f"it ends the program with sys.exit({error.code!r})"
     plain = f"{type(error).__name__}: {error}"
     missing: Any = getattr(error, "name", None) or ""
     package, _, rest = missing.partition(".")

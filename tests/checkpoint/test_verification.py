@@ -90,3 +90,22 @@ def test_windows_of_any_length_can_be_probed(length):
     )
     assert probe.plain.shape == probe.cached.shape
     assert_close(probe.plain, probe.cached, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_by_what_attention_is_computed_makes_no_difference(name, attention, checkpoints, tmp_path):
+    """No checkpoint says it, and another rounds otherwise."""
+    model = opened(checkpoints(name), "bfloat16")
+    model.set_attn_implementation(attention)
+    saving.save(model, None, tmp_path, Progress())
+    found, verified = verification.verify(tmp_path, verification.probe(model, TOKENS), Loading(model.dtype, CPU))
+    assert verified.max_logit_difference == verified.max_logit_difference_with_cache == 0
+    assert found.config._attn_implementation == attention
+
+
+def test_a_model_that_computes_nothing_finite_is_not_compared():
+    model = tiny.model("llama")
+    model.model.norm.weight.data.fill_(float("inf"))
+    with pytest.raises(VerificationError, match="not finite"):
+        verification.probe(model, TOKENS)

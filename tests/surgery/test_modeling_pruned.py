@@ -25,7 +25,8 @@ from optimum_prune.anatomy.counts import count_parameters
 from optimum_prune.anatomy.family import find_family
 from optimum_prune.checkpoint import opening, saving
 from optimum_prune.checkpoint.opening import meta_model
-from optimum_prune.errors import CheckpointError
+from optimum_prune.errors import CheckpointError, SurgeryError
+from optimum_prune.surgery.registration import check_heterogeneous
 
 HETEROGENEOUS = {
     "channels": Osscar(ratio=0.5, protect=(0, 3)),
@@ -385,3 +386,14 @@ def test_its_code_is_pushed_to_the_hub_with_it(part, again, uneven, tmp_path, mo
             os.utime(file, (0, 0))
     saved.save_pretrained(str(tmp_path), push_to_hub=True)
     assert {"config.json", "modeling_pruned.py"} <= set(hub.pushed)
+
+
+class OwnConfig(transformers.LlamaConfig):
+    """Of a model that comes with code of its own."""
+
+
+def test_that_a_model_with_code_of_its_own_cannot_be_saved_so_is_known_beforehand(uneven):
+    for config in (tiny.model("llama").config, tiny.model("gemma3-vision").config, uneven("llama")[0].model.config):
+        check_heterogeneous(config, "a model")
+    with pytest.raises(SurgeryError, match="Keep the same sizes and blocks in every layer"):
+        check_heterogeneous(OwnConfig(), "a model")

@@ -360,6 +360,13 @@ def test_an_adapter_is_refused_with_the_remedy(name, model, refused):
     assert "merge_and_unload" in refused(model)
 
 
+def test_an_adapter_among_the_weights_is_not_left_out(model, refused):
+    change_weights(
+        model, lambda weights: weights | {"model.layers.0.self_attn.q_proj.lora_A.default.weight": torch.zeros(2, 32)}
+    )
+    assert "merge_and_unload" in refused(model)
+
+
 def test_weights_of_a_dtype_that_no_config_names_are_loaded_as_they_are(model, taken):
     change_weights(model, lambda weights: {name: weight.bfloat16() for name, weight in weights.items()})
     edit(model / CONFIG, dtype=...)
