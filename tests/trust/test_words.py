@@ -377,7 +377,11 @@ def test_help_shows_what_a_plugin_says_of_itself(stranger, done):
         ("foresee", "input('? ')", "EOFError"),
         ("foresee", "raise MemoryError", "There is no memory left"),
         ("foresee", "open('/no/where')", "/no/where: No such file or directory, in the plugin stranger"),
-        ("first", "sys.exit(0)", "The plugin stranger (stranger) cannot be imported: it ends the program with sys.exit(0)"),
+        (
+            "first",
+            "sys.exit(0)",
+            "The plugin stranger (stranger) cannot be imported: it ends the program with sys.exit(0)",
+        ),
     ],
 )
 def test_what_a_plugin_does_wrong_names_it(where, code, why, stranger, common, capsys, tmp_path):
