@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from optimum_prune.anatomy.axis import Axis, AxisKind, Member
 from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD
+from optimum_prune.errors import FamilyError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -44,6 +45,8 @@ def _count_heads(family: Family, layer: nn.Module) -> _HeadCounts:
     queries = family.linear(layer, family.attention_output).weight.shape[1] // size
     rows = sum(family.linear(layer, path).weight.shape[0] for path in family.heads.inputs)
     heads = (rows // size - queries) // 2
+    if heads < 1 or queries % heads:
+        raise FamilyError(f"{queries} heads cannot share {heads} key-value heads evenly. Mend its config.json.")
     return _HeadCounts(heads, queries // heads, size)
 
 
@@ -129,8 +132,7 @@ def _experts_of(family: Family, layer: nn.Module) -> Experts | None:
 
 
 def _find_expert_channels(family: Family, layer: nn.Module, config: PreTrainedConfig) -> Axis | None:
-    experts = _experts_of(family, layer)
-    if experts is None:
+    if (experts := _experts_of(family, layer)) is None:
         return None
     inputs, output = f"{experts.module}.{experts.inputs}", f"{experts.module}.{experts.output}"
     count, _, width = layer.get_parameter(output).shape
@@ -164,8 +166,7 @@ def _routed(
 
 
 def _find_shared_channels(family: Family, layer: nn.Module, config: PreTrainedConfig) -> Axis | None:
-    experts = _experts_of(family, layer)
-    if experts is None or experts.shared is None:
+    if (experts := _experts_of(family, layer)) is None or experts.shared is None:
         return None
     width = layer.get_parameter(f"{experts.module}.{experts.output}").shape[2]
     times = family.linear(layer, experts.shared.output).weight.shape[1] // width
@@ -174,8 +175,7 @@ def _find_shared_channels(family: Family, layer: nn.Module, config: PreTrainedCo
 
 
 def _find_whole_experts(family: Family, layer: nn.Module, config: PreTrainedConfig) -> Axis | None:
-    experts = _experts_of(family, layer)
-    if experts is None:
+    if (experts := _experts_of(family, layer)) is None:
         return None
     parts = {path: family.module(layer, path) for path in (experts.module, experts.router)}
     members = tuple(
