@@ -11,7 +11,7 @@ from optimum_prune.builtin.prune.depth import Depth
 from optimum_prune.builtin.prune.osscar import Osscar
 from optimum_prune.calibration.calibration import Calibration
 from optimum_prune.checkpoint.loading import load_model
-from optimum_prune.errors import OptimumPruneError
+from optimum_prune.errors import OptimumPruneError, VetoError
 from optimum_prune.evaluation.runtime import Runtime, TransformersRuntime, open_in_transformers
 from optimum_prune.hooks.marker import hookimpl
 from optimum_prune.machine import processes as distributed
@@ -74,6 +74,7 @@ __all__ = [
     "Stage",
     "Text",
     "TransformersRuntime",
+    "VetoError",
     "Windows",
     "Workload",
     "compress",

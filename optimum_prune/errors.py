@@ -57,6 +57,20 @@ class NumericalError(OptimumPruneError):
     """Weights or activations that are not finite."""
 
 
+class VetoError(OptimumPruneError):
+    """What a hook raises before a pass if the run is not to go on."""
+
+
+def followed(error: OptimumPruneError, sentence: str) -> OptimumPruneError:
+    """The same error with a further sentence, or one that says both if its class takes other arguments."""
+    text = f"{error} {sentence}"
+    try:
+        longer = type(error)(text)
+    except Exception:  # somebody else's class
+        return OptimumPruneError(text)
+    return longer if str(longer) == text else OptimumPruneError(text)
+
+
 def unknown(kind: str, name: object, known: Iterable[str], noun: str = "Known") -> str:
     """The sentence for a name that nobody knows, with the nearest name and the list of all.
 
@@ -105,7 +119,7 @@ def cut(text: str, longest: int) -> str:
 def shown(value: object) -> str:
     """A value as Python writes it, or the beginning and the end of that if it is long."""
     try:
-        return _SHORT.repr(value)
+        return printable(_SHORT.repr(value))
     except Exception:  # whatever the value's own code may raise
         return f"a {type(value).__name__} that cannot be shown"
 

@@ -19,6 +19,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from optimum_prune.errors import OptimumPruneError, PluginError, RecipeError, reason, shown, unknown
 
 T = TypeVar("T")
+PARTS = "parts"
+"""In the metadata of a field: a tuple of dataclasses with options, which whoever reads a recipe builds."""
 LARGEST = 2**63 - 1
 """The largest whole number, and the smallest below 0, that an option may be: what tensors can be indexed with."""
 
@@ -206,7 +208,8 @@ def options_of(cls: type) -> dict[str, Option]:
             f"The types of the options of {cls.__name__} cannot be read: {reason(error)} Import what they name where it can be found "
             f"when the program runs, and not for type checkers only."
         ) from error
-    return {field.name: _option(cls, field, hints[field.name]) for field in dataclasses.fields(cls) if field.init}
+    fields = (field for field in dataclasses.fields(cls) if field.init and not field.metadata.get(PARTS))
+    return {field.name: _option(cls, field, hints[field.name]) for field in fields}
 
 
 def _option(cls: type, field: dataclasses.Field[Any], hint: Any) -> Option:
@@ -287,7 +290,11 @@ def check_options(instance: Any, where: str) -> None:
         object.__setattr__(instance, name, value)
 
 
-def as_plain(instance: Any) -> dict[str, Any]:
-    """The options of an instance as YAML and JSON can hold them; what is None is left out."""
+def as_plain(instance: Any) -> Any:
+    """The options of an instance as YAML and JSON can hold them, by name; what is None is left out."""
+    if not dataclasses.is_dataclass(instance):
+        return instance
     values = {field.name: getattr(instance, field.name) for field in dataclasses.fields(instance)}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items() if v is not None}
+    return {
+        k: [as_plain(each) for each in v] if isinstance(v, tuple) else v for k, v in values.items() if v is not None
+    }

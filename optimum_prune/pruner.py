@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from optimum_prune.calibration.calibration import Calibration
-from optimum_prune.errors import RecipeError
+from optimum_prune.checkpoint.opening import length_limit, open_checkpoint
+from optimum_prune.checkpoint.taking import taken
+from optimum_prune.errors import OptimumPruneError, RecipeError, shown
+from optimum_prune.machine.given_files import path_of
 from optimum_prune.machine.progress import Progress
 from optimum_prune.passes.base import Pass
 from optimum_prune.plan.source import ModelSource, open_source
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+PROBED = 64
+"""Tokens by which a saved model is compared where no text is given."""
 Given = Calibration | Windows | Text | str | Path | None
 """Windows of tokens, or those of a calibration; a text, or the name of a text file; or nothing."""
 
@@ -45,23 +51,29 @@ class Pruner:
     ) -> Pruner:
         """A pruner for a folder, a Hub id, a `.gguf` file or a model in memory.
 
-        A model in memory is pruned in place, where it is and as it is; its tokenizer is needed to read a text and to be saved
-        with it, and found by the model's name if not given.
+        A model in memory is pruned in place, where it is and as it is.
+
+        Args:
+            tokenizer: to read texts with and to be saved with the model; if not given, the model's own. Without any, windows of tokens
+                have to be given, unless no pass chooses by text.
 
         Raises:
-            OptimumPruneError: the model cannot be opened.
+            OptimumPruneError: the model cannot be opened, or is to be what it is not.
         """
+        tokenizer, progress = _checked(tokenizer), Progress.for_terminal()
+        how: dict[str, Any] = {"seed": seed, "trust_remote_code": trust_remote_code}
         if isinstance(model_or_path, (str, Path)):
-            settings = Settings(
-                model=str(model_or_path), seed=seed, dtype=dtype, device=device, trust_remote_code=trust_remote_code
-            )
-            source = open_source(settings, Progress.for_terminal())
-            return cls(replace(source, tokenizer=tokenizer) if tokenizer is not None else source, settings)
-        model = model_or_path
-        name = model.name_or_path or type(model).__name__
-        source = ModelSource.of_model(model, tokenizer or _tokenizer(name))
-        settings = Settings(model=name, seed=seed, device=str(model.device), trust_remote_code=trust_remote_code)
-        return cls(source, settings)
+            settings = Settings(model=str(model_or_path), dtype=dtype, device=device, **how)
+            return cls(open_source(settings, progress, tokenizer=tokenizer, tokenizer_needed=False), settings)
+        model = taken(model_or_path)
+        for what, asked, own in (("dtype", dtype, model.dtype), ("device", device, model.device)):
+            if asked not in ("auto", str(own), str(own).removeprefix("torch."), str(own).partition(":")[0]):
+                raise RecipeError(
+                    f"A model in memory is pruned as it is, with the {what} {own}, and {asked} is asked for. Load it so, or leave '{what}' out."
+                )
+        settings = Settings(model=model.name_or_path or type(model).__name__, device=str(model.device), **how)
+        own = _own_tokenizer(model, progress, trust_remote_code) if tokenizer is None else tokenizer
+        return cls(ModelSource.of_model(model, own, progress), settings)
 
     def prune(
         self,
@@ -81,7 +93,7 @@ class Pruner:
                 WikiText-2 if not given.
             evaluation: what to report on; if not given, the end of the calibration text, or nothing if that is windows.
             save_dir: the output folder.
-            overwrite: replace the output folder if it exists.
+            overwrite: replace it if it exists.
             resume: refuse to begin anew where a run that ended early is of another model, text or options.
             hooks: objects with `before_pass` or `pass_finished` marked `@hookimpl`.
             progress: where to show progress; bars if stderr is a terminal, if not given.
@@ -92,7 +104,7 @@ class Pruner:
         Raises:
             OptimumPruneError: whatever a user can mend; then there is no output folder.
         """
-        texts = _texts(calibration, evaluation)
+        texts = _texts(calibration, evaluation, length_limit(self.source.config.get_text_config()))
         recipe = Recipe(
             passes=passes, calibration=_text(calibration), evaluation=_text(evaluation), settings=self.settings
         )
@@ -100,22 +112,39 @@ class Pruner:
             recipe,
             save_dir,
             source=self.source,
-            texts=texts,
+            texts=texts or self._probing_texts(recipe),
             overwrite=overwrite,
             resume=resume,
             hooks=hooks,
             progress=progress or Progress.for_terminal(),
         )
-        return Path(save_dir)
+        return path_of(save_dir)
+
+    def _probing_texts(self, recipe: Recipe) -> Texts | None:
+        """Random tokens to compare the saved model with the one in memory by, where nothing is given and no pass chooses by text; else None."""
+        named = recipe.calibration.named or recipe.evaluation.named or self.source.tokenizer is not None
+        if named or any(step.needs_text for step in recipe.passes):
+            return None
+        half = (
+            self.source.config.get_text_config().vocab_size // 2
+        )  # tokens that stand for images are in the other one
+        generator = torch.Generator().manual_seed(self.settings.seed)
+        return Texts(Windows.from_tokens(torch.randint(half, (1, PROBED), generator=generator), "random tokens"), None)
 
 
-def _texts(calibration: Given, evaluation: Given) -> Texts | None:
+def _texts(calibration: Given, evaluation: Given, longest: int) -> Texts | None:
     """The windows that are given; None if texts are.
+
+    Args:
+        longest: how many tokens the model takes at once.
 
     Raises:
         RecipeError: one of the two is given as windows, and the other as a text.
     """
     chosen, reported = _windows(calibration), _windows(evaluation)
+    for windows in (chosen, reported):
+        if windows is not None:
+            windows.check(longest)
     if chosen is None and reported is None:
         return None
     if chosen is None:
@@ -133,16 +162,47 @@ def _windows(given: Given) -> Windows | None:
 
 
 def _text(given: Given) -> Text:
-    """The text, if such is given; else one that names nothing."""
+    """The text, if such is given; else one that names nothing.
+
+    Raises:
+        RecipeError: it is something else.
+    """
     if isinstance(given, Text):
         return given
-    return Text(text=str(given)) if isinstance(given, (str, Path)) else Text()
+    if isinstance(given, (str, Path)):
+        return Text(text=str(given))
+    if given is None or _windows(given) is not None:
+        return Text()
+    raise RecipeError(
+        f"A text is given as {shown(given)}, which is none. Give the name of a text file, a Text, or Windows.from_tokens(tokens)."
+    )
 
 
-def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    from transformers import AutoTokenizer
+def _checked(tokenizer: Any) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that is given, or that of a processor.
 
+    Raises:
+        RecipeError: it is something else.
+    """
+    given = getattr(tokenizer, "tokenizer", None)
+    tokenizer = tokenizer if given is None else given
+    is_one = callable(tokenizer) and hasattr(tokenizer, "save_pretrained") and not isinstance(tokenizer, type)
+    if tokenizer is None or is_one:
+        return tokenizer
+    raise RecipeError(
+        f"The tokenizer is given as {shown(tokenizer)}, which is none. Give one as AutoTokenizer.from_pretrained returns it."
+    )
+
+
+def _own_tokenizer(
+    model: PreTrainedModel, progress: Progress, trust_remote_code: bool
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies where a model came from; None if it came from nowhere."""
+    name = model.name_or_path
+    if not name:
+        return None
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception:  # a model that was built in memory has a name that leads nowhere
+        return open_checkpoint(name, trust_remote_code, quantized=True).tokenizer()
+    except OptimumPruneError as error:
+        progress.say(f"{type(model).__name__} is saved without a tokenizer, unless one is given: {error}")
         return None

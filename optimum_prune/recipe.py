@@ -20,6 +20,8 @@ from optimum_prune.passes.folder import FolderPass
 from optimum_prune.text.text import Text, texts_to_use
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Texts = Mapping[str, Mapping[str, Any]]
+"""Options of the sections "calibration" and "evaluation"."""
 
 LARGEST_SEED = 2**32 - 1
 """The largest that numpy takes, by which some libraries draw."""
@@ -164,9 +166,15 @@ class Recipe:
 
     @classmethod
     def from_yaml(
-        cls, path: str | Path, plugins: Plugins, *, trust_remote_code: bool = False, allow_interpreters: bool = False
+        cls,
+        path: str | Path,
+        plugins: Plugins,
+        *,
+        trust_remote_code: bool = False,
+        allow_interpreters: bool = False,
+        texts: Texts | None = None,
     ) -> Recipe:
-        """The recipe in a YAML file.
+        """The recipe in a YAML file; the arguments are those of `from_dict`.
 
         Raises:
             RecipeError: the file cannot be read, or is no plain YAML; what `from_dict` raises.
@@ -184,33 +192,36 @@ class Recipe:
         if flaw:
             raise RecipeError(f"The recipe {path} cannot be read: it {flaw}. Name a YAML file.")
         allowed = {"trust_remote_code": trust_remote_code, "allow_interpreters": allow_interpreters}
-        return dataclasses.replace(cls.from_dict(plain, plugins, **allowed), file=file)
+        return dataclasses.replace(cls.from_dict(plain, plugins, texts=texts, **allowed), file=file)
 
     @classmethod
     def from_dict(
-        cls, plain: object, plugins: Plugins, *, trust_remote_code: bool = False, allow_interpreters: bool = False
+        cls,
+        plain: object,
+        plugins: Plugins,
+        *,
+        trust_remote_code: bool = False,
+        allow_interpreters: bool = False,
+        texts: Texts | None = None,
     ) -> Recipe:
         """The recipe in plain data: the passes, calibration and evaluation, and the settings at the top level.
 
         Args:
             trust_remote_code: whether it may say so itself.
             allow_interpreters: whether its passes may name interpreters to run in.
+            texts: by section, what takes the place of the text or dataset that it names, which then need not be there.
 
         Raises:
             RecipeError: a key, option or value that is not known or not right, or something that runs and is not allowed to.
             PluginError: a pass that nobody provides.
         """
         if not isinstance(plain, Mapping):
-            raise RecipeError(
-                "A recipe is a mapping with a list of 'passes'. This one is "
-                + (type(plain).__name__ if plain else "empty")
-                + "."
-            )
-        sections = ("passes", "calibration", "evaluation")
+            what = type(plain).__name__ if plain else "empty"
+            raise RecipeError(f"A recipe is a mapping with a list of 'passes'. This one is {what}.")
         names = [field.name for field in dataclasses.fields(Settings)]
-        for key in plain:
-            if key not in (*sections, *names):
-                raise RecipeError(unknown("part of a recipe", key, (*sections, *names), "Parts"))
+        parts = ("passes", "calibration", "evaluation", *names)
+        for key in (key for key in plain if key not in parts):
+            raise RecipeError(unknown("part of a recipe", key, parts, "Parts"))
         steps = plain.get("passes")
         if not isinstance(steps, Sequence) or isinstance(steps, str):
             raise RecipeError("The recipe needs a list of 'passes', such as `- depth: {layers: 2}`.")
@@ -225,8 +236,8 @@ class Recipe:
             check_allowed(step)
         return cls(
             passes=passes,
-            calibration=build(Text, plain.get("calibration"), "calibration"),
-            evaluation=build(Text, plain.get("evaluation"), "evaluation"),
+            calibration=_text_of(plain, "calibration", texts),
+            evaluation=_text_of(plain, "evaluation", texts),
             settings=settings,
         )
 
@@ -242,6 +253,14 @@ class Recipe:
     def to_yaml(self) -> str:
         """The recipe as YAML that `from_yaml` reads."""
         return strict_yaml.dump(self.to_dict())
+
+
+def _text_of(plain: Mapping[str, Any], section: str, texts: Texts | None) -> Text:
+    """The text of a section of a recipe, or the one that is given in its place."""
+    own, other = plain.get(section), (texts or {}).get(section, {})
+    if isinstance(own, Mapping) and ("text" in other or "dataset" in other):
+        own = {**{name: value for name, value in own.items() if name not in ("text", "dataset")}, **other}
+    return build(Text, own, section)
 
 
 def _check_order(passes: Sequence[Pass]) -> None:

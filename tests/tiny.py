@@ -134,9 +134,7 @@ def _opt(**changes: Any) -> PreTrainedModel:
 
 
 def _gemma2() -> PreTrainedModel:
-    return Gemma2ForCausalLM(
-        Gemma2Config(**SIZES, head_dim=8, query_pre_attn_scalar=8, sliding_window=6, attn_implementation="eager")
-    )
+    return Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, query_pre_attn_scalar=8, sliding_window=6))
 
 
 def _phi3() -> PreTrainedModel:

@@ -63,6 +63,21 @@ class DecoderLayer:
             return (f"{self.family.attention_output}.weight",)
         return tuple(axis.output for axis in self.axes.values() if axis.block == block and axis.output)
 
+    def output_parameters(self, block: str) -> dict[str, nn.Parameter]:
+        """The weights and biases through which a block adds to the hidden states, by their paths."""
+        paths = self.outputs_of(block)
+        named = {
+            *paths,
+            *(f"{path.removesuffix('weight')}bias" for path in paths),
+            *(f"{path}_bias" for path in paths),
+        }
+        return {path: value for path, value in self.module.named_parameters() if path in named}
+
+    def adds_nothing(self, block: str) -> bool:
+        """Whether a block that is there puts out zeros whatever it is given, as one does that was left out in the stock form."""
+        outputs = self.output_parameters(block)
+        return bool(outputs) and not any(bool(value.any()) for value in outputs.values())
+
     # Axes
 
     @property
@@ -247,6 +262,7 @@ def _shape_of(axis: Axis, kind: AxisKind, output: str) -> AxisShape:
         column=kind.heading,
         label=kind.label,
         inputs_are=kind.inputs_are,
+        units_are=axis.units_are,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
@@ -167,13 +169,29 @@ def find_family(config: PreTrainedConfig, families: Iterable[Family]) -> Family:
         return known[model_type]
     raise FamilyError(
         f"No family describes the architecture '{model_type}'. Known: {', '.join(sorted(known))}. "
-        f"To add it, install a plugin with this module:\n{_plugin_for(model_type)}"
+        f"To add it, install a plugin with this module:\n{_plugin_for(model_type, config)}"
     )
 
 
-def _plugin_for(model_type: str) -> str:
-    """The few lines of a plugin that describes an architecture."""
-    module = model_type.replace("-", "_").replace(".", "_") + "_family"
+def per_layer_lists(config: PreTrainedConfig) -> tuple[str, ...]:
+    """The fields of a decoder's config that are lists with one entry for each of its layers, found by their length."""
+    depth = getattr(config, "num_hidden_layers", 0)
+    lists = {name: list(value) for name, value in vars(config).items() if isinstance(value, (list, tuple))}
+    return tuple(name for name, value in sorted(lists.items()) if len(value) == depth and value != list(range(depth)))
+
+
+def _plugin_for(model_type: str, config: PreTrainedConfig) -> str:
+    """The few lines of a plugin that describes an architecture, with what its config tells of it."""
+    module = re.sub(r"\W", "_", model_type) + "_family"
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    inside = next((name for name, value in vars(config).items() if value is text and text is not config), "")
+    told = {
+        "layers": "model.language_model.layers" if inside else "model.layers",
+        "config": inside,
+        "depth": (getattr(text, "attribute_map", None) or {}).get("num_hidden_layers", ""),
+        "per_layer": per_layer_lists(text) or "",
+    }
+    lines = "".join(f"            {name}={_quoted(value)},\n" for name, value in told.items() if value)
     return f'''
     # {module}.py
     from optimum_prune import Family, FeedForward, hookimpl
@@ -181,10 +199,9 @@ def _plugin_for(model_type: str) -> str:
     @hookimpl
     def families():
         yield Family(
-            name="{model_type}",
-            model_types=("{model_type}",),
-            layers="model.layers",
-            attention="self_attn",
+            name={_quoted(model_type)},
+            model_types=({_quoted(model_type)},),
+{lines}            attention="self_attn",
             feed_forward=FeedForward(module="mlp", inputs=("mlp.gate_proj", "mlp.up_proj"), output="mlp.down_proj"),
         )
 
@@ -192,3 +209,10 @@ def _plugin_for(model_type: str) -> str:
     [project.entry-points.optimum_prune]
     {module} = "{module}"
 '''
+
+
+def _quoted(value: str | tuple[str, ...]) -> str:
+    """A value as Python code."""
+    if isinstance(value, str):
+        return json.dumps(value)
+    return f"({', '.join(map(json.dumps, value))}{',' if len(value) == 1 else ''})"

@@ -46,6 +46,8 @@ class AxisShape:
     """Stands before the number, where several share a column."""
     inputs_are: str = ""
     """What the number of inputs of its block's output is called."""
+    units_are: str = "units"
+    """What its units are, in an error."""
 
     @property
     def inner(self) -> bool:

@@ -92,16 +92,20 @@ class Calibration:
         return embed(decoder, self.windows, self.activations, tokens_at_once)
 
     @torch.no_grad()
-    def walk(self, decoder: Decoder, description: str) -> Iterator[LayerVisit]:
+    def walk(self, decoder: Decoder, description: str, tokens_at_once: int | None = None) -> Iterator[LayerVisit]:
         """Visits the decoder layers in order.
 
         When the next visit is asked for, the stream passes through the layer just visited **as it is by then**: whoever cuts it
         in between hands the pruned stream to the layers behind.
 
+        Args:
+            description: of the bar.
+            tokens_at_once: of a batch, about; as `embed` has them if not given.
+
         Raises:
             NumericalError: a layer puts out a value that is not finite.
         """
-        stream = self.embed(decoder)
+        stream = self.embed(decoder, tokens_at_once)
         check_finite((hidden for _, hidden in stream), "The embeddings", self.activations)
         for layer in self.track(decoder.layers, description):
             visit = LayerVisit(layer, stream, self.activations)

@@ -151,6 +151,36 @@ class LayerVisit:
         finally:
             self._gone = gone
 
+    def behind_with(self, weights: Mapping[str, Tensor], block: str, position: int) -> Float[Tensor, "w t h"]:
+        """Hidden states of a batch behind a block, as if the layer ended there and had other weights; with gradients.
+
+        Where a block in front has put out something before, that is taken for what it puts out.
+
+        Args:
+            weights: by their paths from the layer. Products are computed in bfloat16 where the hidden states are.
+            position: of the batch.
+        """
+        self._batch, hidden = self.stream[position]
+        positional, keywords = self._batch.arguments[self.index]
+        behind = BLOCKS[BLOCKS.index(block) + 1 :]
+        with ExitStack() as stack:
+            stack.callback(self._release, position)
+            for other in self.layer.blocks:
+                if other in behind:
+                    stack.enter_context(silenced(self.layer, other))
+                elif other != block:
+                    self._replace(stack, other, position, remember=False)
+            half = hidden.dtype is torch.bfloat16
+            stack.enter_context(torch.autocast(hidden.device.type, torch.bfloat16, enabled=half))
+            output = torch.func.functional_call(self.layer.module, dict(weights), (hidden, *positional), keywords)
+            found: Tensor = output[0] if isinstance(output, tuple) else output
+            return found
+
+    def forget(self, block: str) -> None:
+        """Forgets what was observed in a block, whose weights are others now."""
+        self._inputs.pop(block, None)
+        self._answers.pop(block, None)
+
     @torch.no_grad()
     def adds_output(self, block: str) -> bool:
         """Whether what a block's output projection puts out is added to the hidden states as it is, with no norm behind.

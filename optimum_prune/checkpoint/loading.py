@@ -205,6 +205,7 @@ def _loaded(
             f"{refusal.unfit}: that has fewer layers than the weights, which would be lost, such as {lost}.{refusal.remedy}"
         )
     follow_ties(model)
+    model.config.return_dict = True  # a config may ask for tuples, in which nobody finds the logits
     if weights is not None:
         weights.write_changes(model)  # what is stored in another dtype, or under older names
         weights.attach(model)

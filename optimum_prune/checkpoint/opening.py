@@ -220,6 +220,10 @@ def _cannot_be_opened(
             f"The installed transformers does not know the architecture '{plain.get('model_type')}' of {model}. Upgrade transformers, "
             f"or allow the checkpoint's own code with --trust-remote-code if it brings some."
         )
+    if isinstance(error, ImportError):  # as of a .gguf file in older transformers
+        return CheckpointError(
+            f"{printable(model)} needs a package that is not installed: {reason(error)} Install it, or upgrade transformers."
+        )
     kind = "as a model" if Path(source).is_dir() else "from the Hub, and no folder is called so"
     return CheckpointError(f"{printable(model)} cannot be opened {kind}: {reason(error)}")
 
@@ -254,6 +258,7 @@ def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pre
     try:
         with quietly(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model.tie_weights()  # which not every transformers does of itself on this device
             check_described(model)
     except Exception as error:  # whatever an architecture makes of a config that it does not expect
         name = config.name_or_path or type(config).__name__

@@ -140,7 +140,7 @@ def _run(model: PreTrainedModel, name: str) -> None:
     try:
         output = model(input_ids=tokens, use_cache=True)
         if not any(hasattr(module, ATTRIBUTE) for module in model.modules()):
-            model(input_ids=tokens[:, :1], use_cache=True, **cache_of(output))
+            model(input_ids=tokens[:, :1], use_cache=True, **cache_of(output, model))
     except NumericalError:
         raise
     except Exception as error:  # whatever an architecture makes of sizes that do not go together

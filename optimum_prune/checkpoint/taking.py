@@ -33,22 +33,28 @@ def taken(model: Any) -> PreTrainedModel:
     _refuse_adapted(model, name)
     if not isinstance(model, PreTrainedModel):
         raise CheckpointError(
-            f"A {name} is given, which is no model of transformers. Give one as AutoModelForCausalLM.from_pretrained returns it, or the "
+            f"What is given is of the class {name}, which is no model of transformers. Give one as AutoModelForCausalLM.from_pretrained returns it, or the "
             f"name of a folder."
         )
     _refuse_quantized(model, name)
     _refuse_compiled(model, name)
+    if any(value.is_inference() for value in model.parameters()):
+        raise CheckpointError(
+            f"{name} was made within torch.inference_mode(), and its weights cannot be changed any more. Load it outside of that."
+        )
     if model.get_output_embeddings() is None or not model.can_generate():
         raise CheckpointError(
             f"{name} predicts no tokens, so nothing says what pruning it would cost. Load it with AutoModelForCausalLM; what it has "
             f"instead of a language model's head can be trained again afterwards."
         )
+    model.config.return_dict = True  # or what it puts out would be a tuple, in which nobody finds the logits
     return model
 
 
 def _refuse_adapted(model: Any, name: str) -> None:
     module = isinstance(model, nn.Module)
-    attached = bool(getattr(model, "_hf_peft_config_loaded", False)) or (module and "peft_config" in vars(model))
+    attached = bool(getattr(model, "_hf_peft_config_loaded", False)) or type(model).__module__.startswith("peft.")
+    attached = attached or (module and "peft_config" in vars(model))
     if attached or (module and any(hasattr(each, "lora_A") for each in model.modules())):
         raise CheckpointError(
             f"{name} has an adapter attached, which is apart from its weights and would not be pruned with them. Merge the two, "
@@ -71,6 +77,8 @@ def _refuse_quantized(model: PreTrainedModel, name: str) -> None:
         ),
         None,
     )
+    swapped = next((path for path, module in model.named_modules() if "quantized" in type(module).__module__), "")
+    packed = packed or (swapped and f"{swapped}.weight")
     if settled or packed:
         raise CheckpointError(
             f"{name} is quantized: its weights{f', such as {packed!r},' if packed else ''} are packed and cannot be cut exactly. Load it "

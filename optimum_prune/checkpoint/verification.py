@@ -75,6 +75,7 @@ def probe(model: PreTrainedModel, tokens: Int[Tensor, "windows length"]) -> Prob
 def _probe(model: PreTrainedModel, tokens: Int[Tensor, "windows length"]) -> Probe:
     device = model.get_input_embeddings().weight.device
     few = tokens[:PROBE_WINDOWS, :PROBE_TOKENS].to(device)
+    few = few.repeat(2, 1) if len(few) == 1 else few  # products with one vector round as the weights lie in memory
     decoded = min(PROBE_DECODED, few.shape[1] - 1)
     plain = model(input_ids=few, use_cache=False).logits[:, -decoded:]
     cached = torch.cat(list(_decode(model, few, decoded)), dim=1)
@@ -85,7 +86,7 @@ def _decode(model: PreTrainedModel, tokens: Tensor, decoded: int) -> Iterator[Te
     start = tokens.shape[1] - decoded
     output = model(input_ids=tokens[:, :start], use_cache=True)
     for position in range(start, tokens.shape[1]):
-        output = model(input_ids=tokens[:, position : position + 1], use_cache=True, **cache_of(output))
+        output = model(input_ids=tokens[:, position : position + 1], use_cache=True, **cache_of(output, model))
         yield output.logits
 
 

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from optimum_prune.anatomy.counts import Counts, count_parameters
 from optimum_prune.checkpoint import saving
 from optimum_prune.checkpoint.opening import length_limit
-from optimum_prune.cli.flags import CALIBRATION, SETTINGS, given, overridden
+from optimum_prune.cli.flags import CALIBRATION, SETTINGS, given, overridden, texts_given
 from optimum_prune.conversion.conversion import folder_bytes
 from optimum_prune.conversion.interpreter import check_environment, not_looked_at
 from optimum_prune.errors import RecipeError, printable, reason
@@ -51,6 +51,7 @@ def run(arguments: argparse.Namespace, plugins: Plugins) -> None:
         plugins,
         trust_remote_code=_decides_trust(arguments),
         allow_interpreters=arguments.allow_interpreters,
+        texts=texts_given(arguments),
     )
     for step in recipe.passes:
         check_environment(step)
@@ -84,7 +85,10 @@ def _compress(recipe: Recipe, arguments: argparse.Namespace) -> None:
 def plan(arguments: argparse.Namespace, plugins: Plugins) -> None:
     """`compress plan`."""
     decides = _decides_trust(arguments)
-    recipe = Recipe.from_yaml(arguments.recipe, plugins, trust_remote_code=decides, allow_interpreters=True)
+    texts = texts_given(arguments)
+    recipe = Recipe.from_yaml(
+        arguments.recipe, plugins, trust_remote_code=decides, allow_interpreters=True, texts=texts
+    )
     recipe = overridden(recipe, arguments)
     found = forecast(recipe, plugins)
     if arguments.json:

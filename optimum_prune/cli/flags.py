@@ -96,6 +96,11 @@ def given(arguments: argparse.Namespace, names: Mapping[str, str]) -> dict[str, 
     return {option: getattr(arguments, flag) for flag, option in names.items() if hasattr(arguments, flag)}
 
 
+def texts_given(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What was given of each text, by its section in a recipe."""
+    return {"calibration": given(arguments, CALIBRATION), "evaluation": given(arguments, EVALUATION)}
+
+
 def overridden(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
     """The recipe with what was given on the command line in place of its own."""
     return dataclasses.replace(

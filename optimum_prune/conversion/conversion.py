@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_prune.checkpoint.transformers4 import add_older_fields
 from optimum_prune.conversion.interpreter import versions
-from optimum_prune.errors import OptimumPruneError, PassError, VerificationError, reason
+from optimum_prune.errors import OptimumPruneError, VerificationError, reason
 from optimum_prune.evaluation.comparison import WITH_CACHE, Comparison, ReferenceOutputs, compare
 from optimum_prune.evaluation.perplexity import Perplexity, perplexity_of_runtime
+from optimum_prune.machine.isolation import guarded
 from optimum_prune.machine.memory import Meter
+from optimum_prune.passes.evidence import plain_evidence
 
 if TYPE_CHECKING:
+    from optimum_prune.passes.evidence import Evidence
     from optimum_prune.passes.folder import FolderPass, Job
     from optimum_prune.text.windows import Windows
 
@@ -27,7 +30,7 @@ CONFIG = "config.json"
 class Conversion:
     """What a pass from folder to folder did, and how near what it wrote is to what it read."""
 
-    evidence: Mapping[str, Any]
+    evidence: Evidence
     """What the pass says of it."""
     bytes: int
     """Of everything in the folder."""
@@ -55,41 +58,39 @@ def convert_and_judge(
     """
     with Meter() as meter:
         evidence = convert(step, job)
-    try:
-        runtime = step.open(job.target, job.device)
-        comparison = compare(runtime, expected)
-    except OptimumPruneError:
-        raise
-    except Exception as error:
-        raise VerificationError(
-            f"What the pass '{step.name}' wrote cannot be run: {type(error).__name__}: {reason(error)}"
-        ) from error
-    judge(step, comparison, runtime.dtype)
+    with guarded(f"The pass '{step.name}'"):
+        try:
+            runtime = step.open(job.target, job.device)
+            comparison = compare(runtime, expected)
+        except OptimumPruneError:
+            raise
+        except Exception as error:
+            raise VerificationError(
+                f"What the pass '{step.name}' wrote cannot be run: {type(error).__name__}: {reason(error)}"
+            ) from error
+        judge(step, comparison, runtime.dtype)
+        measured = None if evaluation is None else perplexity_of_runtime(runtime, evaluation, job.progress)
     return Conversion(
         evidence=evidence,
         bytes=folder_bytes(job.target),
         comparison=comparison,
         tolerance=tolerance_of(step),
-        perplexity=None if evaluation is None else perplexity_of_runtime(runtime, evaluation, job.progress),
+        perplexity=measured,
         seconds=meter.seconds,
         peak_memory=meter.peak_memory,
         versions=versions(step),
     )
 
 
-def convert(step: FolderPass, job: Job) -> Mapping[str, Any]:
+def convert(step: FolderPass, job: Job) -> Evidence:
     """Lets a pass fill the job's folder, completes that, and returns the pass's evidence.
 
     Raises:
         PassError: the libraries behind the pass raise an error.
     """
-    try:
-        evidence = step.convert(job)
+    with guarded(f"The pass '{step.name}'"):
+        evidence = plain_evidence(step.convert(job), step.name)
         _complete(step, job)
-    except OptimumPruneError:
-        raise
-    except Exception as error:
-        raise PassError(f"The pass '{step.name}' failed: {type(error).__name__}: {reason(error)}") from error
     return evidence
 
 

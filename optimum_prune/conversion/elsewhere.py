@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 LINES = 12
 """How much of what the other interpreter printed last an error repeats, where it is not shown anyway."""
 SERVE = f"{ISOLATED}; sys.path.append(sys.argv[3]); from optimum_prune.conversion.elsewhere import serve; serve(sys.argv[2], sys.argv[4])"
+DEBUGS = "OPTIMUM_PRUNE_DEBUG"
+"""The environment's variable that asks for the traceback of an error."""
 PATIENCE = 5.0
 """Seconds that the other interpreter has to end when it is told to."""
 WATCHED = 0.1
@@ -206,14 +208,20 @@ def serve(room: str, lifeline: str) -> None:
     try:
         answer = _served(plain, load_file(folder / "job.safetensors"))
     except OptimumPruneError as error:
+        _print_for_debugging()
         answer = {"error": type(error).__name__, "message": str(error)}
     except (Exception, SystemExit) as error:
-        traceback.print_exc()
+        _print_for_debugging()
         what = f"The pass '{plain['name']}' failed in its interpreter: {type(error).__name__}: {reason(error)}"
         answer = {"error": PassError.__name__, "message": what}
     partial = folder / "answer.partial"
     partial.write_text(json.dumps(answer), encoding="utf-8")
     partial.rename(folder / "answer.json")
+
+
+def _print_for_debugging() -> None:
+    if os.environ.get(DEBUGS, "0") not in ("", "0"):
+        traceback.print_exc()
 
 
 def _end_with(lifeline: int) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from optimum_prune.checkpoint.caches import NAMES, name_among
 from optimum_prune.checkpoint.loading import load_model
 from optimum_prune.errors import PassError
 from optimum_prune.evaluation.runtime import Runtime
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
     from optimum_prune.passes.folder import Job
 
-INPUTS = ("input_ids", "attention_mask", "position_ids", "past_key_values")
-"""The inputs of a graph, in this order."""
+INPUTS = ("input_ids", "attention_mask", "position_ids", *NAMES)
+"""The inputs of a graph, in this order; the last is the cache."""
 GENERATION = "generation_config.json"
 """The file that says which token ends a text."""
 BEFORE = 7
@@ -57,6 +58,11 @@ class Trace:
     shapes: dict[str, Any]
     """For each input, which axes may have which sizes, as `torch.export` takes it."""
 
+    @property
+    def cache(self) -> str:
+        """The name of the input that is the cache."""
+        return name_among(self.inputs)
+
 
 def open_to_export(job: Job, dtype: str = "float32") -> PreTrainedModel:
     """The checkpoint that a job reads, on the CPU, where exporters trace."""
@@ -81,7 +87,7 @@ def trace(model: PreTrainedModel, *, masked: bool = True, limits: Limits | None 
     component, given = _decoding_step(model, masked, 1 if limits.windows == 1 else 2)
     taken = INPUTS if masked else [name for name in INPUTS if name != "attention_mask"]
     inputs = {name: given[name] for name in taken if name in given}
-    _unfold(inputs["past_key_values"])
+    _unfold(inputs[name_among(inputs)])
     register_cache_pytrees_for_model(model)
     flags = {name: True for name in ("use_cache", "return_dict") if name in given}
     return Trace(component, inputs | flags, _open_axes(inputs, limits))
@@ -101,7 +107,7 @@ def _decoding_step(model: PreTrainedModel, masked: bool, windows: int) -> tuple[
     prompt = {"input_ids": tokens, "attention_mask": mask}
     with isolated(silent=True):
         component, given = decompose_for_generation(model, prompt, greedy, multi_token_decode=True)["decode"]
-    if not isinstance(given.get("past_key_values"), Cache):
+    if not isinstance(given.get(name_among(given)), Cache):
         raise PassError(
             f"{type(model).__name__} generates without a cache of keys and values, which an exported graph needs. Leave the export "
             f"out, or choose another architecture."
@@ -117,8 +123,9 @@ def _open_axes(inputs: dict[str, Any], limits: Limits) -> dict[str, Any]:
         for name, value in inputs.items()
         if isinstance(value, Tensor)
     }
-    leaves = torch.utils._pytree.tree_leaves(inputs["past_key_values"])
-    return shapes | {"past_key_values": [{0: windows, 2: _up_to(limits.before)} for _ in leaves]}
+    name = name_among(inputs)
+    leaves = torch.utils._pytree.tree_leaves(inputs[name])
+    return shapes | {name: [{0: windows, 2: _up_to(limits.before)} for _ in leaves]}
 
 
 def _unfold(cache: Cache) -> None:
@@ -155,7 +162,7 @@ def export(exporter: Any, traced: Trace, config: Any) -> Any:
 def first_inputs(traced: Trace, tokens: Int[Tensor, "w t"]) -> dict[str, Any]:
     """What a graph takes to read tokens that nothing is before, by the names of the model's arguments."""
     windows, length = tokens.shape
-    cache = copy.deepcopy(traced.inputs["past_key_values"])
+    cache = copy.deepcopy(traced.inputs[traced.cache])
     for layer in cache.layers:
         if layer.is_initialized:
             layer.keys, layer.values = (
@@ -165,7 +172,7 @@ def first_inputs(traced: Trace, tokens: Int[Tensor, "w t"]) -> dict[str, Any]:
         "input_ids": tokens,
         "attention_mask": torch.ones_like(tokens),
         "position_ids": torch.arange(length).repeat(windows, 1),
-        "past_key_values": cache,
+        traced.cache: cache,
     }
     return {name: inputs[name] for name in traced.inputs if name in inputs}
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from optimum_prune.checkpoint.caches import cache_of
 from optimum_prune.checkpoint.loading import load_model
 
 if TYPE_CHECKING:
@@ -48,10 +49,10 @@ class TransformersRuntime(Runtime):
     def generate(self, tokens: Int[Tensor, " t"], count: int) -> list[int]:
         """As `Runtime.generate`."""
         found: list[int] = []
-        ahead, cache = tokens[None].to(self.model.device), None
+        ahead, cache = tokens[None].to(self.model.device), dict[str, Any]()
         for _ in range(count):
-            output = self.model(input_ids=ahead, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = self.model(input_ids=ahead, use_cache=True, **cache)
+            cache = cache_of(output, self.model)
             ahead = output.logits[:, -1].argmax(-1, keepdim=True)
             found.append(int(ahead))
         return found

@@ -43,12 +43,13 @@ def calibration_sources() -> Iterable[Source]:  # type: ignore[empty-body]
 
 @hookspec
 def before_pass(step: Pass, model: PreTrainedModel | None) -> None:
-    """Called before a pass starts; an exception raised here vetoes the run.
+    """Called before a pass starts. A `VetoError` raised here, or another `OptimumPruneError`, ends the run with what it says.
 
+    Whatever else is raised is a fault of the hook, such as that a tracker finds no network: it is said, and the run goes on.
     `model` is the live model for a pass that works in place, and None for one that works from folder to folder.
     """
 
 
 @hookspec
 def pass_finished(outcome: Outcome) -> None:
-    """Called when a pass has finished, with what it did."""
+    """Called when a pass has finished, with what it did. Whatever is raised here is said, and the run goes on."""

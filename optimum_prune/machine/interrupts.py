@@ -26,6 +26,8 @@ LATER = 0.05
 _program = ""
 _first: float | None = None
 """When the first signal came that is being obeyed."""
+_raises = _late = False
+"""Whether a signal raises, and whether what it would stop is about to be there."""
 
 
 def end_at_once(program: str) -> None:
@@ -42,8 +44,8 @@ def raised() -> Iterator[None]:
 
     After it, the signals are heeded as before; those of a program that had asked for `end_at_once`, not at all: it has come to its end.
     """
-    global _first
-    _first = None
+    global _first, _raises, _late
+    _first, _raises, _late = None, True, False
     before = {number: signal.getsignal(number) for number in _heeded()}
     hook = sys.unraisablehook
     try:
@@ -52,6 +54,7 @@ def raised() -> Iterator[None]:
             signal.signal(number, _raise)
         yield
     finally:
+        _raises = False
         for number, handler in before.items():
             signal.signal(number, signal.SIG_IGN if handler is _end else handler)
         sys.unraisablehook = hook
@@ -60,9 +63,26 @@ def raised() -> Iterator[None]:
         exec("")
 
 
+@contextmanager
+def finishing() -> Iterator[None]:
+    """Lets no signal stop what runs within a `with`, nor, if that ends without an error, what comes after: it is too late by then."""
+    global _late
+    _late = True
+    try:
+        yield
+    except BaseException:
+        _late = False
+        raise
+
+
 def came() -> bool:
     """Whether a signal to stop has come within the `with`, whatever became of its KeyboardInterrupt."""
     return _first is not None
+
+
+def stopping() -> bool:
+    """Whether such a signal has come, and the `with` goes on: what goes wrong now does so because of it."""
+    return _raises and came()
 
 
 def _heeded() -> list[signal.Signals]:
@@ -80,6 +100,8 @@ def _end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - every 
 
 def _raise(number: int, frame: FrameType | None) -> None:
     global _first
+    if _late:
+        return
     now = time.monotonic()
     if _first is None:
         _first = now

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import mmap
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from optimum_prune.machine.memory import advise, give_back, return_large_blocks
 from optimum_prune.machine.tensor_files import mapped_tensors, write
+from optimum_prune.machine.watched_files import WatchedFile
 
 ATTRIBUTE = "mapped_weights"
 """Under which a layer that gives its memory back when it has run knows the `MappedWeights` that its weights belong to."""
@@ -36,6 +37,19 @@ def held(layer: nn.Module) -> Iterator[None]:
         yield
 
 
+class _File(NamedTuple):
+    """A file that is mapped."""
+
+    content: Tensor
+    """As bytes."""
+    watched: WatchedFile
+
+    @property
+    def address(self) -> int:
+        """Where it is mapped."""
+        return self.content.data_ptr()
+
+
 class MappedWeights:
     """The weights of a model that are mapped from files, and these files.
 
@@ -46,7 +60,7 @@ class MappedWeights:
     def __init__(self, folder: Path) -> None:
         return_large_blocks()
         self._folder = folder
-        self._files: list[Tensor] = []  # as bytes, by their addresses
+        self._files: list[_File] = []  # by their addresses
         self._numbers = count()
         self._held: set[nn.Module] = set()
 
@@ -62,28 +76,42 @@ class MappedWeights:
         """
         content, tensors = mapped_tensors(file)
         if tensors:
-            self._files.append(content)
-            self._files.sort(key=Tensor.data_ptr)
+            self._files.append(_File(content, WatchedFile.of(file)))
+            self._files.sort(key=lambda each: each.address)
         return tensors
+
+    def check(self, tensors: Iterable[Tensor]) -> None:
+        """Refuses to read tensors in files that somebody has changed.
+
+        Raises:
+            CheckpointError: naming the first.
+        """
+        found = {file.address: file for file in map(self._file_of, tensors) if file is not None}
+        for file in found.values():
+            file.watched.check()
 
     def attach(self, model: nn.Module) -> None:
         """Lets a mapped model give back each layer when it has run, and whatever lies outside of layers, and read the next layer ahead.
 
-        Layers are what its lists of modules hold.
+        Before either is read, it is looked whether its files are as they were. Layers are what its lists of modules hold.
         """
         lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
         inside = {id(module) for layers in lists for layer in layers for module in layer.modules()}
         for layers in lists:
             for layer, following in zip(layers, [*layers[1:], None], strict=True):
-                layer.register_forward_pre_hook(lambda *_, following=following: self._read_ahead(following))
+                layer.register_forward_pre_hook(
+                    lambda module, _, following=following: self._prepare(module, following)
+                )
                 layer.register_forward_hook(lambda module, *_: self._release_unless_held(module), always_call=True)
                 setattr(layer, ATTRIBUTE, self)
         for module in model.modules():
             if id(module) not in inside and any(True for _ in module.parameters(recurse=False)):
+                module.register_forward_pre_hook(lambda module, _: self.check(module.parameters(recurse=False)))
                 module.register_forward_hook(lambda module, *_: self.release(module), always_call=True)
 
-    def _read_ahead(self, module: nn.Module | None) -> None:
-        for parameter in () if module is None else module.parameters():
+    def _prepare(self, layer: nn.Module, following: nn.Module | None) -> None:
+        self.check(layer.parameters())
+        for parameter in () if following is None else following.parameters():
             self._advise(parameter, mmap.MADV_WILLNEED)
 
     def _release_unless_held(self, layer: nn.Module) -> None:
@@ -111,11 +139,15 @@ class MappedWeights:
 
     def _holds(self, tensor: Tensor) -> bool:
         """Whether a tensor lies in one of the files."""
-        position = bisect_right(self._files, tensor.data_ptr(), key=Tensor.data_ptr) - 1
+        return self._file_of(tensor) is not None
+
+    def _file_of(self, tensor: Tensor) -> _File | None:
+        """The file in which a tensor lies, if it does."""
+        position = bisect_right(self._files, tensor.data_ptr(), key=lambda each: each.address) - 1
         if position < 0 or tensor.numel() == 0:
-            return False
+            return None
         file = self._files[position]
-        return tensor.data_ptr() < file.data_ptr() + len(file)
+        return file if tensor.data_ptr() < file.address + len(file.content) else None
 
     def write_changes(self, model: nn.Module) -> None:
         """Writes the weights of a model that lie in memory to a file and maps them from there; their values stay."""
@@ -132,8 +164,14 @@ class MappedWeights:
         for number, parameter in enumerate(fresh.values()):
             parameter.data = mapped[str(number)]
         for each in self._files:  # what was read to be cut, too
-            advise(each, mmap.MADV_DONTNEED)
+            advise(each.content, mmap.MADV_DONTNEED)
         give_back()
+
+    def _about_to_write(self, tensor: Tensor) -> None:
+        self.check([tensor])
+
+    def _written(self, tensor: Tensor) -> None:
+        self._advise(tensor, mmap.MADV_DONTNEED)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -141,7 +179,7 @@ class MappedWeights:
         from transformers import modeling_utils
 
         def save(tensors: Mapping[str, Tensor], file: Any, metadata: Mapping[str, str] | None = None) -> None:
-            write(tensors, Path(file), metadata, written=lambda tensor: self._advise(tensor, mmap.MADV_DONTNEED))
+            write(tensors, Path(file), metadata, self._about_to_write, self._written)
 
         before = modeling_utils.safe_save_file
         modeling_utils.safe_save_file = save

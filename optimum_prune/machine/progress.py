@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from shutil import get_terminal_size
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from tqdm import tqdm
+
+from optimum_prune.errors import printable
 
 T = TypeVar("T")
 
@@ -30,15 +32,40 @@ class Progress:
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """The items, with a bar that counts them."""
+        return iter(self._bar(items, description, total))
+
+    def bar(self, description: str, total: int | None, done: int = 0) -> tqdm[NoReturn]:
+        """A bar that is moved by hand.
+
+        Args:
+            total: what it counts to, if that is known.
+            done: where it begins.
+        """
+        moved: tqdm[NoReturn] = self._bar(None, description, total, done)
+        return moved
+
+    def _bar(self, items: Any, description: str, total: int | None, done: int = 0) -> Any:
         size = get_terminal_size()  # a terminal that does not know its size counts as one of 80 by 24
-        hidden = not self.visible
-        bar = tqdm(items, description, total, leave=False, disable=hidden, ncols=size.columns, nrows=size.lines)
-        return iter(bar)
+        return tqdm(
+            items,
+            description,
+            total,
+            initial=done,
+            leave=False,
+            disable=not self.visible,
+            ncols=size.columns,
+            nrows=size.lines,
+        )
 
     def say(self, sentence: str) -> None:
         """Puts a sentence on stderr, if anything is to be shown."""
         if self.output:
-            print(sentence, file=sys.stderr)
+            self.warn(sentence)
+
+    def warn(self, sentence: str) -> None:
+        """Puts a sentence on stderr, whatever is to be shown; a stderr that takes nothing loses no run."""
+        with suppress(OSError, ValueError):
+            print(printable(sentence), file=sys.stderr, flush=True)
 
     @contextmanager
     def libraries(self, *, datasets: bool = False) -> Iterator[None]:

@@ -68,7 +68,9 @@ def load(document: str | bytes) -> Any:
 
 def dump(plain: Any) -> str:
     """Plain data as YAML, in its own order, that `load` reads, and readers of YAML 1.1 alike."""
-    return yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(plain, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    shows = text.replace("\n", "").isprintable()  # else it may look like something that it is not
+    return text if shows else yaml.dump(plain, Dumper=_Dumper, sort_keys=False)
 
 
 def _line(text: str) -> str:

@@ -94,9 +94,10 @@ def _header(file: Path) -> Header:
         if end > size - 8 - length:
             raise ValueError("it ends before its last tensor does")
         found[name] = dtype, shape, 8 + length + begin, 8 + length + end
-    ends = sorted((begin, end) for _, _, begin, end in found.values())
-    if any(end > begin for (_, end), (begin, _) in pairwise(ends)):
-        raise ValueError("its tensors overlap")
+    places = sorted((begin, end) for _, _, begin, end in found.values())
+    bounds = [(0, 8 + length), *places, (size, size)]
+    if any(end != begin for (_, end), (begin, _) in pairwise(bounds)):
+        raise ValueError("its tensors overlap, or there is something between or behind them")
     return found
 
 
@@ -127,11 +128,13 @@ def write(
     tensors: Mapping[str, Tensor],
     file: Path,
     metadata: Mapping[str, str] | None = None,
+    about_to_write: Callable[[Tensor], None] | None = None,
     written: Callable[[Tensor], None] | None = None,
 ) -> None:
     """Writes a safetensors file a piece at a time, byte for byte as the library does.
 
     Args:
+        about_to_write: called with each tensor before it is read.
         written: called with each tensor when it is on disk.
     """
     names = sorted(tensors, key=lambda name: (ORDER.index(tensors[name].dtype), name))
@@ -146,6 +149,8 @@ def write(
     with file.open("wb") as opened:
         opened.write(struct.pack("<Q", len(text)) + text)
         for name in names:
+            if about_to_write is not None:
+                about_to_write(tensors[name])
             for piece in _pieces(tensors[name]):
                 opened.write(piece)
             if written is not None:

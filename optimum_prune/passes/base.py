@@ -81,6 +81,11 @@ class Pass(ABC):
         return None
 
     @property
+    def needs_text(self) -> bool:
+        """Whether what it does depends on the calibration windows."""
+        return True
+
+    @property
     def may_end_early(self) -> bool:
         """Whether the estimate is what it takes at most, since it may find what it looks for before its end."""
         return False

@@ -50,7 +50,7 @@ class Artefact:
             f"({self.tolerance:.2g} tolerated), {self.same_tokens} of {self.generated} tokens generated alike"
         )
         if self.perplexity is not None:
-            line += f", perplexity {self.perplexity:,.2f}, {self.tokens_per_second:,.0f} tokens per second"
+            line += f", perplexity {self.perplexity:,.2f}"
         if self.not_read_here:
             line += f"; it cannot be read in this environment ({self.not_read_here})"
         return line

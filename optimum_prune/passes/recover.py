@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum_prune.calibration.stream import walk_cost
@@ -14,6 +15,20 @@ if TYPE_CHECKING:
     from optimum_prune.anatomy.shape import Shape
     from optimum_prune.anatomy.workload import Cost, Workload
     from optimum_prune.calibration.calibration import Calibration
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """A pruned model that is to be recovered, and all that a pass may look at."""
+
+    decoder: Decoder
+    """The pruned model."""
+    teacher: Decoder
+    """The dense model, as it was before the recipe, to look at only; `decoder` again for a pass that needs none."""
+    layers: tuple[int, ...]
+    """Of each layer of the pruned model, the layer of the dense model that it was."""
+    calibration: Calibration
+    """The recipe's windows."""
 
 
 class RecoverPass(Pass):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum_prune.anatomy.shape import Shape
-from optimum_prune.errors import OutputError, RecipeError
+from optimum_prune.errors import OutputError, PassError, RecipeError, shown
+from optimum_prune.machine.isolation import guarded
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.checkpoint_spec import CheckpointSpec
 from optimum_prune.passes.folder import FolderPass
@@ -26,8 +27,22 @@ def foresee(steps: Iterable[Pass], shape: Shape) -> tuple[Shape, ...]:
     """
     shapes = [shape]
     for step in steps:
-        shapes.append(step.foresee(shapes[-1]))
+        shapes.append(foreseen(step, shapes[-1]))
     return tuple(shapes)
+
+
+def foreseen(step: Pass, shape: Shape) -> Shape:
+    """The shape that a pass foresees to leave of a model of this shape.
+
+    Raises:
+        RecipeError: it asks for more than there is.
+        PassError: it fails, or foresees something else.
+    """
+    with guarded(f"The pass '{step.name}'"):
+        found = step.foresee(shape)
+    if not isinstance(found, Shape):
+        raise PassError(f"The pass '{step.name}' foresees {shown(found)}, which is no Shape. Mend the pass.")
+    return found
 
 
 def check_conversions(steps: Iterable[FolderPass], spec: CheckpointSpec) -> None:
@@ -48,7 +63,8 @@ def check_conversions(steps: Iterable[FolderPass], spec: CheckpointSpec) -> None
                 f"'{step.name}' would leave the experts of this mixture as they are, and so most of its weights: it knows linear layers only. "
                 f"Leave '{step.name}' out."
             )
-        step.check(spec)
+        with guarded(f"The pass '{step.name}'"):
+            step.check(spec)
 
 
 def check_texts(texts: Texts, config: PreTrainedConfig) -> None:

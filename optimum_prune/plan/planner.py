@@ -11,6 +11,7 @@ from optimum_prune.checkpoint import verification
 from optimum_prune.checkpoint.opening import length_limit
 from optimum_prune.evaluation.losses import losses_cost
 from optimum_prune.evaluation.perplexity import evaluation_cost
+from optimum_prune.machine.isolation import guarded
 from optimum_prune.machine.memory import resident
 from optimum_prune.passes.base import Pass
 from optimum_prune.text.drawing import characters_read
@@ -95,7 +96,8 @@ class Planner:
 
     def _changing(self, step: Pass, before: Shape, after: Shape) -> Phase:
         """A pass on the model in memory."""
-        cost, offloaded = step.estimate(before, self._work), self._plan.offloads
+        with guarded(f"The pass '{step.name}'"):
+            cost, offloaded = step.estimate(before, self._work), self._plan.offloads
         weights = self._weights + (self._plan.teacher_bytes if step.needs_teacher else 0)
         if cost is None:
             return Phase(step.name, step.stage.name, after, self._process + weights, None, "at least")

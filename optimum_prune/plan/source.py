@@ -13,6 +13,8 @@ import torch
 from optimum_prune.anatomy.counts import count_parameters
 from optimum_prune.anatomy.family import Family, find_family
 from optimum_prune.checkpoint import loading, opening, saving
+from optimum_prune.checkpoint.companions import belongs_beside
+from optimum_prune.checkpoint.files import file_names
 from optimum_prune.checkpoint.opening import meta_model
 from optimum_prune.checkpoint.quiet import quietly
 from optimum_prune.checkpoint.soundness import check_sound
@@ -82,6 +84,7 @@ def open_source(
     quantized: bool = False,
     config_only: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer_needed: bool = True,
 ) -> ModelSource:
     """The model that settings name, opened.
 
@@ -90,6 +93,7 @@ def open_source(
         quantized: whether a model of packed weights will do.
         config_only: whether nothing but its config is read, and it need have nothing else.
         tokenizer: to be used instead of its own, which it then need not have.
+        tokenizer_needed: whether to refuse a model that has none.
 
     Raises:
         RecipeError: they name none; or where its weights are to be, they cannot be.
@@ -109,7 +113,7 @@ def open_source(
         opened.name,
         opened.source,
         opened.config,
-        tokenizer=None if config_only else tokenizer or opened.tokenizer(),
+        tokenizer=None if config_only else _tokenizer(opened, tokenizer, needed=tokenizer_needed),
         load=partial(_load, opened, settings.dtype, device, progress),
         companions=() if config_only else opened.companions(tokenizer=tokenizer is None),
         offloads=offloads,
@@ -144,6 +148,18 @@ def _check_files(opened: opening.Checkpoint, offloads: bool) -> None:
     if offloads:
         weight_files(Path(opened.source), opened.weights_file)
     loading.check_fits(opened)
+
+
+def _tokenizer(
+    opened: opening.Checkpoint, given: PreTrainedTokenizerBase | None, *, needed: bool
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that is given, or the checkpoint's own; None if it has none and needs none."""
+    if given is not None:
+        return given
+    names = file_names(opened.source)
+    own = [name for name in names if belongs_beside(name) and not belongs_beside(name, tokenizer=False)]
+    there = bool(own) or not names or any(name.startswith("tokenizer") for name in names)
+    return opened.tokenizer() if needed or there or opened.gguf_file else None
 
 
 def _check_dtype(opened: opening.Checkpoint, dtype: str) -> None:

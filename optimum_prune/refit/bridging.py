@@ -61,7 +61,7 @@ def best_healed(
 
 def bridged(decoder: Decoder, visit: LayerVisit, gap: range, damping: float) -> dict[str, Tensor]:
     """New weights of the visited dense layer, that bridge the gap behind it; none where it cannot be refitted."""
-    block = last_refitted(visit.layer, visit.layer.blocks)
+    block = last_refitted(visit.layer, [block for block in visit.layer.blocks if not visit.layer.adds_nothing(block)])
     if block is None:
         return {}
     goal = through(decoder, visit, range(visit.index, gap.stop))

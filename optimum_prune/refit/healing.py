@@ -91,6 +91,9 @@ def heal(
                 return
             continue
         missing = [block for block in visit.layer.blocks if block not in blocks]
+        blocks = [
+            block for block in blocks if not visit.layer.adds_nothing(block)
+        ]  # what was left out by zeros stays so
         gap = _gap_behind(visit.index, kept)
         visit.leave_out(missing)
         attended = reference.behind(ATTENTION) if gap or missing or strength else []
@@ -145,7 +148,9 @@ def _correct(refit: _Refit, blocks: Sequence[str], goals: _Goals, strength: floa
 
 
 def last_refitted(layer: DecoderLayer, blocks: Sequence[str]) -> str | None:
-    """The last block of a layer whose output projection can be refitted, if only these blocks of it stay; None for a mixture."""
+    """The last block of a layer whose output projection can be refitted, if only these blocks of it stay; None for a mixture, or without any."""
+    if not blocks:
+        return None
     last = BLOCKS[-1] if BLOCKS[-1] in blocks else BLOCKS[0]
     return None if layer.projection(layer.output_of(last)).linear is None else last
 

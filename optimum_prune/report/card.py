@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
+from optimum_prune.machine import strict_yaml
+from optimum_prune.report.published import is_place, last_part
 from optimum_prune.report.report import HEAD, Report
-from optimum_prune.report.tables import markdown
+from optimum_prune.report.tables import escaped, markdown
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""The name of a model of the Hub, with that of its owner in front."""
+PLAIN = re.compile(r"[\w.+@ -]+")
+"""Names that can stand in Markdown as they are."""
 
 
 def model_card(report: Report, recipe: str) -> str:
@@ -12,14 +21,15 @@ def model_card(report: Report, recipe: str) -> str:
     Args:
         recipe: as YAML.
     """
-    name = report.model.rstrip("/").split("/")[-1]
+    name = last_part(report.model)
     arguments = '"path/to/this/folder"'
-    notes = "\n".join(f"- {note}" for note in report.notes())
+    notes = "\n".join(f"- {escaped(note)}" for note in report.notes())
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0))
     return f"""{_header(report.model)}
 
-# {name}, compressed
+# {escaped(name)}, compressed
 
-Made from `{name}` by optimum-prune. {_how_it_loads(report.stock)}
+Made from {f"`{name}`" if PLAIN.fullmatch(name) else escaped(name)} by optimum-prune. {_how_it_loads(report.stock)}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -34,9 +44,9 @@ tokenizer = AutoTokenizer.from_pretrained({arguments})
 
 The recipe:
 
-```yaml
+{fence}yaml
 {recipe.rstrip()}
-```
+{fence}
 
 `compression/report.json` holds every figure, `compression/cuts.json` what was kept.
 """
@@ -44,10 +54,10 @@ The recipe:
 
 def _header(model: str) -> str:
     """The card's metadata, as the Hub reads it; a model of the Hub is named as the base."""
-    lines = ["---", "library_name: transformers", "tags:", "- optimum-prune", "- pruned"]
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith(".gguf"):
-        lines.append(f"base_model: {model}")
-    return "\n".join([*lines, "---"])
+    head: dict[str, object] = {"library_name": "transformers", "tags": ["optimum-prune", "pruned"]}
+    if HUB_ID.fullmatch(model) and not model.endswith(".gguf") and not is_place(model):
+        head["base_model"] = model
+    return f"---\n{strict_yaml.dump(head).rstrip()}\n---"
 
 
 def _how_it_loads(stock: bool) -> str:

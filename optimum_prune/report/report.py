@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from optimum_prune.checkpoint.verification import Verification
-from optimum_prune.errors import CheckpointError, reason
+from optimum_prune.errors import CheckpointError, printable, reason
 from optimum_prune.evaluation.perplexity import Perplexity
 from optimum_prune.machine.versions import installed_versions
 from optimum_prune.passes.evidence import Json
 from optimum_prune.passes.outcome import Outcome
+from optimum_prune.report.published import is_place, place, scrubbed
 from optimum_prune.report.tables import Row, aligned, compared
 from optimum_prune.surgery.cuts import Cuts
 
@@ -148,6 +149,11 @@ class Report:
             ) from error
         return cls.from_json(text, cuts)
 
+    def published(self) -> Report:
+        """The same report without where on this machine anything lies."""
+        model = place(self.model) if is_place(self.model) else self.model
+        return Report.from_dict(scrubbed({**self.to_dict(), "model": model}), self.cuts())
+
     def to_state(self) -> dict[str, Any]:
         """Plain data from which `from_state` makes this report again, for a run that goes on later."""
         return {"report": _finite(self.to_dict()), "cuts": self.cuts()}
@@ -168,9 +174,7 @@ class Report:
         ]
         if self.perplexity is not None:
             before, after = self.perplexity.before, self.perplexity.after
-            seconds = 10_000 / before.tokens_per_second, 10_000 / after.tokens_per_second
             rows.append(compared("Perplexity", before.value, after.value, "{:,.2f}".format))
-            rows.append(compared("Seconds for 10,000 tokens", *seconds, "{:,.2f}".format))
         return rows
 
     def notes(self) -> list[str]:
@@ -191,7 +195,7 @@ class Report:
 
     def table(self) -> str:
         """The rows, aligned for a terminal, and the notes."""
-        return "\n".join([aligned([HEAD, *self.rows()], right=True), "", *self.notes()])
+        return "\n".join([aligned([HEAD, *self.rows()], right=True), "", *map(printable, self.notes())])
 
 
 def _row(name: str, change: Change[int], unit: str) -> Row:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+
+from optimum_prune.errors import printable
 
 Row = tuple[str, str, str, str]
 """The name of a figure, what it was before, what it is after, and the change."""
+SPECIAL = re.compile(r"[\\`*\[\]|~#!]|(?<![^\W_])_|_(?![^\W_])")
+"""What means something in Markdown where it stands."""
 
 
 def compared(name: str, before: float, after: float, show: Callable[[float], str]) -> Row:
@@ -31,5 +36,11 @@ def aligned(rows: Sequence[Sequence[str]], right: bool = False) -> str:
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A head and rows as a Markdown table."""
-    first, *rest = (f"| {' | '.join(row)} |" for row in (head, *rows))
+    first, *rest = (f"| {' | '.join(map(escaped, row))} |" for row in (head, *rows))
     return "\n".join([first, f"|{'---|' * len(head)}", *rest])
+
+
+def escaped(text: str) -> str:
+    """A text as Markdown that shows it as it is, in one line, whatever it is."""
+    plain = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return SPECIAL.sub(r"\\\g<0>", plain)

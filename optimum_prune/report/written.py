@@ -9,29 +9,75 @@ from typing import Any, cast
 import yaml
 
 from optimum_prune.anatomy.counts import Counts
-from optimum_prune.errors import CheckpointError, OptimumPruneError
+from optimum_prune.conversion.interpreter import variable_of
+from optimum_prune.errors import CheckpointError, OptimumPruneError, printable
 from optimum_prune.hooks.plugins import Plugins
+from optimum_prune.machine import strict_yaml
 from optimum_prune.passes.base import Stage
 from optimum_prune.passes.folder import FolderPass
 from optimum_prune.recipe import Recipe, pass_from
 from optimum_prune.report.card import model_card
+from optimum_prune.report.published import clean_files, from_here, is_place, place, scrubbed
 from optimum_prune.report.report import CUTS, REPORT, Report
 
 RECIPE = Path("compression", "recipe.yaml")
 """In an output folder, as resolved."""
 
 
-def write_beside(folder: Path, recipe: Recipe, report: Report) -> None:
-    """Writes beside the weights what a run did: the report, the cuts, the recipe and the model card."""
+def write_beside(folder: Path, recipe: Recipe, report: Report) -> Report:
+    """Writes beside the weights what a run did: the report, the cuts, the recipe and the model card.
+
+    All of it may be published: what lies outside of the current folder is called by its name alone, there and in whatever JSON files the
+    folder holds.
+
+    Returns:
+        The report as it is written.
+    """
+    clean_files(folder)
+    yaml_text, published = published_recipe(recipe), report.published()
     written = {
         CUTS: json.dumps(report.cuts(), indent=2) + "\n",
-        RECIPE: recipe.to_yaml(),
-        REPORT: report.to_json() + "\n",
-        Path("README.md"): model_card(report, recipe.to_yaml()),
+        RECIPE: yaml_text,
+        REPORT: published.to_json() + "\n",
+        Path("README.md"): model_card(published, yaml_text),
     }
     for file, text in written.items():
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text(text, encoding="utf-8")
+    return published
+
+
+def published_recipe(recipe: Recipe) -> str:
+    """A recipe as YAML that may be published: in front, in comments, what has to be named to carry it out again."""
+    plain = recipe.to_dict()
+    named = {"model": plain, "text": plain["calibration"], "dataset": plain["calibration"]}
+    flags = [f"--{name} {place(part[name])}" for name, part in named.items() if _publish(part, name)]
+    evaluated = plain["evaluation"]
+    flags += [f"--eval-text {place(evaluated[name])}" for name in ("text", "dataset") if _publish(evaluated, name)]
+    elsewhere = [
+        step for step in recipe.conversions if "/" in (step.python or "") and from_here(step.python or "") is None
+    ]
+    for step, options in zip(recipe.passes, plain["passes"], strict=True):
+        if step in elsewhere:
+            options[step.name] = {name: value for name, value in options[step.name].items() if name != "python"}
+    remarks = []
+    if flags:
+        remarks.append(
+            f"Where the run found these is not told here; to carry this recipe out again, give what they are: {', '.join(flags)}"
+        )
+    remarks += [
+        f"The interpreter of '{step.name}' is not told here; name one in {variable_of(step)}" for step in elsewhere
+    ]
+    return "".join(f"# {printable(remark)}\n" for remark in remarks) + strict_yaml.dump(scrubbed(plain))
+
+
+def _publish(part: dict[str, Any], name: str) -> bool:
+    """Lets a part of a recipe name a file or a folder as it may be published, in place; whether that is its name alone."""
+    given = part.get(name)
+    if given is None or not is_place(given):
+        return False
+    part[name] = place(given)
+    return from_here(given) is None
 
 
 def writer_of(folder: Path, plugins: Plugins) -> FolderPass | None:

@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from optimum_prune.checkpoint.opening import length_limit
-from optimum_prune.errors import RecipeError
+from optimum_prune.checkpoint.quiet import in_float32
+from optimum_prune.conversion.interpreter import check_environment
+from optimum_prune.errors import OutputError, RecipeError, reason
 from optimum_prune.hooks.plugins import Plugins
 from optimum_prune.hooks.plugins import load as load_plugins
-from optimum_prune.machine import processes
+from optimum_prune.machine import interrupts, processes
+from optimum_prune.machine.given_files import path_of
 from optimum_prune.machine.memory import Meter, give_back
 from optimum_prune.machine.progress import Progress
 from optimum_prune.plan.checks import check_disk, check_texts
@@ -22,7 +25,7 @@ from optimum_prune.report.written import write_beside
 from optimum_prune.run.converting import convert_folders
 from optimum_prune.run.fingerprints import identity
 from optimum_prune.run.in_memory import change_in_memory
-from optimum_prune.run.output import check_output, hidden_output
+from optimum_prune.run.output import check_output, hidden_output, mend, move_beside
 from optimum_prune.run.ownership import check_unfinished
 from optimum_prune.run.run import Run
 from optimum_prune.run.unfinished import Unfinished, unfinished_folder
@@ -58,24 +61,59 @@ def compress(
         OptimumPruneError: whatever a user can mend; then there is no output folder. What was finished by then is kept beside it if
             the same run, or its later passes mended, can go on from there; the message says where.
     """
-    output = Path(output).expanduser()
+    output = path_of(output)
     progress = progress if progress is not None and processes.first() else Progress()
     plugins = load_plugins(hooks)
-    check_output(output, overwrite, recipe.inputs)
-    check_unfinished(unfinished_folder(output))
+    _check(recipe, output, overwrite)
     source = source or open_source(recipe.settings, progress, families=plugins.families)
     inputs = (*recipe.inputs, *([] if source.source is None else [Path(source.source)]))
-    with Meter() as meter, hidden_output(output, overwrite, inputs) as hidden:
+    with in_float32(), Meter() as meter, hidden_output(output, overwrite, inputs) as hidden:
         plan = make_plan(recipe, plugins, source, texts)
         texts = processes.broadcast_from_first(lambda: texts or _drawn(plan, plugins, progress))
+        for name in hidden.left:
+            progress.say(f"Removed {name}, which a run on another host, that was killed, had left beside the output.")
         unfinished = Unfinished(output, identity(plan, texts))
+        hidden.when_done = unfinished.remove
         run = Run(plan, texts, plugins, hidden, unfinished, progress, meter)
         report = _carried_out(run, resume)
         if processes.first():
-            write_beside(hidden.result, plan.resolved, report)
-    if processes.first():
-        unfinished.remove()
+            report = _write_report(run, report, output)
     return processes.broadcast_from_first(lambda: report)
+
+
+def _check(recipe: Recipe, output: Path, overwrite: bool) -> None:
+    """Refuses what cannot be done, before anything is opened.
+
+    Raises:
+        OutputError: the output must not be written.
+        RecipeError: the interpreter of a pass cannot be used.
+    """
+    try:
+        check_output(output, overwrite, recipe.inputs)
+    except OutputError:
+        if processes.first():
+            mend(output)
+        raise
+    check_unfinished(unfinished_folder(output))
+    for step in recipe.passes:
+        check_environment(step)
+
+
+def _write_report(run: Run, report: Report, output: Path) -> Report:
+    """Writes what a run did beside the weights, and returns it as it is written.
+
+    Raises:
+        OutputError: that cannot be done; the model is kept.
+    """
+    try:
+        with interrupts.finishing():
+            return write_beside(run.output.result, run.plan.resolved, report)
+    except Exception as error:  # whatever it is, the model must not be lost for it
+        where = move_beside(run.output.result, output)
+        run.unfinished.remove()
+        raise OutputError(
+            f"The report of this run cannot be written: {reason(error)} The model is whole without it, and lies in {where}."
+        ) from error
 
 
 def _drawn(plan: Plan, plugins: Plugins, progress: Progress) -> Texts:

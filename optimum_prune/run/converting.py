@@ -15,6 +15,8 @@ from optimum_prune.errors import PassError, reason
 from optimum_prune.evaluation.comparison import ReferenceOutputs, compare
 from optimum_prune.evaluation.perplexity import Perplexity
 from optimum_prune.evaluation.runtime import Runtime, open_in_transformers
+from optimum_prune.hooks.hearing import before_pass, pass_finished
+from optimum_prune.machine.isolation import guarded
 from optimum_prune.options import as_plain
 from optimum_prune.passes.folder import FolderPass, Job
 from optimum_prune.passes.outcome import Artefact, Outcome
@@ -44,10 +46,9 @@ def convert_folders(run: Run, report: Report) -> Report:
 
 def _converted(run: Run, step: FolderPass, references: References, report: Report) -> Report:
     """Carries out a pass and adds it to the report."""
-    hook = run.plugins.manager.hook
-    hook.before_pass(step=step, model=None)
+    before_pass(run.plugins, step, None, run.progress)
     outcome, measured = _convert(run, step, references)
-    hook.pass_finished(outcome=outcome)
+    pass_finished(run.plugins, outcome, run.progress)
     report = replace(report, passes=(*report.passes, outcome))
     if step.stage.makes_checkpoint:
         report = replace(report, bytes=Change(report.bytes.before, saving.bytes_on_disk(run.output.result)))
@@ -70,7 +71,8 @@ def _convert(run: Run, step: FolderPass, references: References) -> tuple[Outcom
         seed=settings.seed,
         trust_remote_code=settings.trust_remote_code,
     )
-    expected, before = references.of(source, step), files_fingerprint(source)
+    with run.progress.libraries(datasets=True):
+        expected, before = references.of(source, step), files_fingerprint(source)
     made = _made(run, step, job, expected, references)
     if files_fingerprint(source) != before:
         run.unfinished.forget()
@@ -166,5 +168,6 @@ class References:
 
     def _open(self, source: Path, dtype: str) -> Runtime:
         if self._writer is not None and not self._writer.missing():
-            return self._writer.open(source, self._device)
+            with guarded(f"The pass '{self._writer.name}'"):
+                return self._writer.open(source, self._device)
         return open_in_transformers(source, self._device, dtype)

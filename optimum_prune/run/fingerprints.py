@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from optimum_prune.errors import CheckpointError
 from optimum_prune.machine import tensor_files
+from optimum_prune.machine.watched_files import WEIGHTS
 from optimum_prune.plan.plan import Plan
 from optimum_prune.text.windows import Texts, Windows
 
@@ -38,9 +40,12 @@ def identity(plan: Plan, texts: Texts) -> dict[str, str | None]:
     }
 
 
-def files_fingerprint(path: Path) -> str:
-    """The fingerprint of a weights file, or of a checkpoint's folder: of its files' names, sizes, times and beginnings."""
-    kinds = (".safetensors", ".bin", ".json", ".gguf")
+def files_fingerprint(path: Path, kinds: Sequence[str] = (*WEIGHTS, ".json")) -> str:
+    """The fingerprint of a weights file, or of a checkpoint's folder: of its files' names, sizes, times and beginnings.
+
+    Args:
+        kinds: of the files in a folder, by how their names end.
+    """
     there = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in kinds)
     files = [file for file in there if file.is_file()]
     digest = hashlib.sha256()

@@ -88,11 +88,13 @@ def _changed_and_saved(run: Run, models: Models) -> _Saved:
     give_back()
     outcomes = tuple(_carried_out(step, decoder, calibration, run, models) for step in run.recipe.in_memory)
     models.let_teacher_go()
+    models.check()
     check_unchanged(run.plan.source.name, run.model_fingerprint)
     if processes.first():
         saving.save(model, run.plan.source.tokenizer, run.output.result, run.progress, models.weights)
         for file in run.plan.source.companions:
             shutil.copy(file, run.output.result)
+        check_unchanged(run.plan.source.name, run.model_fingerprint)  # what lies on disk was read once more
     processes.wait()
     return _Saved(
         counts,
@@ -108,7 +110,7 @@ def _changed_and_saved(run: Run, models: Models) -> _Saved:
 def _carried_out(step: Pass, decoder: Decoder, calibration: Calibration, run: Run, models: Models) -> Outcome:
     """Carries out a pass as its stage says; the class of every pass fits its stage."""
     if step.stage is Stage.PRUNE:
-        return prune(cast(PrunePass, step), decoder, calibration, run.plugins, models.weights)
+        return prune(cast(PrunePass, step), decoder, calibration, run.plugins, models)
     return recover(cast(RecoverPass, step), decoder, calibration, run.plugins, models)
 
 

@@ -19,10 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import safe_open
+import numpy as np
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from optimum_prune.calibration.calibration import Calibration
+from optimum_prune.errors import PassError, reason
 from optimum_prune.machine import tensor_files
 from optimum_prune.surgery.cuts import Cuts, Decision
 
@@ -42,9 +44,11 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._files = list(_whole(folder))
-        for file in set(folder.iterdir()) - set(self._files):
-            if NAME.fullmatch(file.name):
-                file.unlink()
+        useless = [file for file in set(folder.iterdir()) - set(self._files) if NAME.fullmatch(file.name)]
+        for file in useless:
+            file.unlink()
+        self.damaged = bool(useless)
+        """Whether pieces were there of which nobody can go on."""
         self._pieces = {_metadata(file)["what"]: file for file in self._files}
         self._pass = ""
         self._passes = 0
@@ -111,7 +115,12 @@ class Journal:
 
     def _keep(self, key: str, value: T) -> T:
         tensors: dict[str, Tensor] = {}
-        text = json.dumps(value, default=partial(_plain, tensors))
+        try:
+            text = json.dumps(value, default=partial(_plain, tensors))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PassError(
+                f"What '{key}' came to cannot be kept: {reason(error)} Mend the pass: it may keep plain data, tensors and decisions."
+            ) from error
         partial_file = self._folder / "partial"
         tensor_files.write(tensors, partial_file, {"what": key, "value": text})
         with partial_file.open("rb+") as opened:
@@ -138,9 +147,19 @@ def _whole(folder: Path) -> Iterator[Path]:
     for number, file in enumerate(found):
         match = NAME.fullmatch(file.name)
         assert match is not None
-        if int(match[1]) != number or match[2] != _digest(file):
+        if int(match[1]) != number or match[2] != _digest(file) or not _is_piece(file):
             return
         yield file
+
+
+def _is_piece(file: Path) -> bool:
+    """Whether a file holds what a journal keeps."""
+    try:
+        about = _metadata(file)
+        json.loads(about["value"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+        return False
+    return "what" in about
 
 
 def _digest(file: Path) -> str:
@@ -180,8 +199,10 @@ def _plain(tensors: dict[str, Tensor], value: object) -> Any:
         return {TENSOR: name}
     if isinstance(value, Decision):
         return {DECISION: [value.cuts.to_json(), dict(value.weights), dict(value.evidence)]}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, Iterable):
         return list(value)
-    raise TypeError(f"A {type(value).__name__} cannot be kept: it is neither plain data nor a tensor nor a decision.")
+    raise TypeError(f"a {type(value).__name__} is neither plain data nor a tensor nor a decision")

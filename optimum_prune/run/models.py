@@ -14,7 +14,9 @@ from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.anatomy.family import Family
 from optimum_prune.checkpoint.loading import check_resident, check_rotary
 from optimum_prune.machine.activation_store import MappedActivations
+from optimum_prune.machine.given_files import path_of
 from optimum_prune.machine.mapped_weights import MappedWeights
+from optimum_prune.machine.watched_files import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,6 +40,7 @@ class Models:
         self._folder = folder
         self._teaches = teaches
         self._teacher: Decoder | None = None
+        self._watched = () if source.in_memory else watched(path_of(source.source or source.name))
         self.weights = MappedWeights(folder / "changed") if source.offloads else None
         """Where the model's weights are, if on disk."""
         self._written = MappedActivations(folder / "written", budget=0)
@@ -53,7 +56,20 @@ class Models:
         check_rotary(model, self._source.name)
         if self._teaches and self._source.in_memory:  # it is as it was only now
             self._teacher = Decoder(sharing_copy(model), self._family)
-        return Decoder(model, self._family)
+        decoder = Decoder(model, self._family)
+        if self._watched:
+            for layer in decoder.modules:
+                layer.register_forward_pre_hook(lambda *_: self.check())
+        return decoder
+
+    def check(self) -> None:
+        """Refuses to read on in the model's files if somebody has changed them: what is in memory may be mapped from them.
+
+        Raises:
+            CheckpointError: naming the file.
+        """
+        for file in self._watched:
+            file.check()
 
     def teacher(self) -> Decoder:
         """The dense model, opened again when it is first asked for: mapped from its files if it can be."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,14 @@ CHECKPOINT = re.compile(
 ASIDE = "compression"
 REPORTS = ("recipe.yaml", "report.json", "report.html", "cuts.json")
 """In the folder `compression`."""
-STAGED = re.compile(r"\d+-.+|journal|state\.json|state\.json\.partial")
-"""In a folder of what is unfinished."""
+STAGED = {
+    re.compile(r"\d+-[\w.-]+"): stat.S_ISDIR,
+    re.compile("journal"): stat.S_ISDIR,
+    re.compile(r"state\.json(\.partial)?"): stat.S_ISREG,
+}
+"""What lies in a folder of what is unfinished, by its name, and what it must be: a folder or a file."""
+JOURNALED = re.compile(r"\d+-[0-9a-f]+\.safetensors|partial|begun\.json(\.partial)?")
+"""What lies in a journal: files."""
 NAMED = 3
 """So many files are named in an error."""
 
@@ -52,7 +59,12 @@ def check_replaceable(output: Path, inputs: Iterable[Path] = ()) -> None:
             f"The output {output} holds what this run reads, {', '.join(read[:NAMED])}, which would be lost. Name another --output, or "
             f"move it elsewhere."
         )
-    others = foreign(output)
+    try:
+        others = foreign(output)
+    except OSError as error:
+        raise OutputError(
+            f"The output {output} cannot be looked through: {error.strerror}. Name another --output."
+        ) from error
     if others:
         named = ", ".join(others[:NAMED]) + (f" and {len(others) - NAMED} more" if len(others) > NAMED else "")
         raise OutputError(
@@ -116,11 +128,24 @@ def check_unfinished(folder: Path) -> None:
     elif hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
         why = "is another user's"
     else:
-        strange = [entry.name for entry in sorted(folder.iterdir()) if not STAGED.fullmatch(entry.name)]
-        linked = [entry.name for entry in sorted(folder.iterdir()) if entry.is_symlink()]
-        if strange or linked:
-            why = f"holds {(strange or linked)[0]}, which no run leaves there"
+        try:
+            strange = [entry.name for entry in sorted(folder.iterdir()) if not _is_staged(entry)]
+        except OSError as error:
+            strange, why = [], f"cannot be looked through ({error.strerror})"
+        if strange:
+            why = f"holds {strange[0]}, which no run leaves there"
     if why:
         raise OutputError(
             f"{folder} is where a run keeps what is unfinished, and it {why}, so it is left alone. Rename it, or name another --output."
         )
+
+
+def _is_staged(entry: Path) -> bool:
+    """Whether an entry of a folder for what is unfinished is one that a run leaves there."""
+    mode = entry.lstat().st_mode
+    fits = any(name.fullmatch(entry.name) and kind(mode) for name, kind in STAGED.items())
+    if not fits or not entry.is_dir():
+        return fits
+    if entry.name != "journal":
+        return (entry / "config.json").is_file()
+    return all(JOURNALED.fullmatch(each.name) and stat.S_ISREG(each.lstat().st_mode) for each in entry.iterdir())

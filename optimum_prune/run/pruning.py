@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.anatomy.shape import Shape
 from optimum_prune.calibration.calibration import Calibration
 from optimum_prune.errors import SurgeryError
+from optimum_prune.hooks.hearing import before_pass, pass_finished
 from optimum_prune.hooks.plugins import Plugins
 from optimum_prune.machine import processes
-from optimum_prune.machine.mapped_weights import MappedWeights
+from optimum_prune.machine.isolation import guarded_steps
 from optimum_prune.machine.memory import Meter
 from optimum_prune.options import as_plain
+from optimum_prune.passes.evidence import plain_evidence
 from optimum_prune.passes.outcome import Outcome
 from optimum_prune.passes.prune import PrunePass
+from optimum_prune.plan.checks import foreseen
 from optimum_prune.run.journal import journal_of
+from optimum_prune.run.models import Models
 from optimum_prune.run.untouched import Untouched
 from optimum_prune.surgery import operation
 from optimum_prune.surgery.config import sync_config
-from optimum_prune.surgery.cuts import Cuts
+from optimum_prune.surgery.cuts import Cuts, Decision
+from optimum_prune.surgery.decisions import check_decision
 
 SURPRISE = 0.05
 """By this fraction of a model's parameters, a pass may leave more or less than it foresaw."""
@@ -30,43 +36,73 @@ def prune(
     decoder: Decoder,
     calibration: Calibration,
     plugins: Plugins,
-    weights: MappedWeights | None = None,
+    models: Models | None = None,
 ) -> Outcome:
     """Carries out one pass that prunes on a model, in place.
 
     Args:
-        weights: where the model's weights are, if on disk.
+        models: where the model's weights are from, and lie.
 
     Raises:
         SurgeryError: the model's shape is not what the pass foresaw.
     """
     if processes.first():
-        plugins.manager.hook.before_pass(step=step, model=decoder.model)
+        before_pass(plugins, step, decoder.model, calibration.progress)
+    weights = None
+    if models is not None:
+        models.check()
+        weights = models.weights
     before, untouched = decoder.shape(), None if weights is not None else Untouched(decoder.model)
     cuts, evidence, decided = Cuts(), [], set[str]()
-    journal, decide = journal_of(calibration), partial(step.decide, decoder, calibration)
+    journal, decide = journal_of(calibration), partial(_decisions, step, decoder, calibration)
     with Meter() as meter:
         for decision in decide() if journal is None else journal.decisions(step.name, decide):
             processes.agreed(decision.cuts)
-            operation.carry_out(decoder, decision)
+            _carry_out(step, decoder, decision)
             if weights is not None:
                 weights.write_changes(decoder.model)
             cuts = cuts.merge(decision.cuts)
             evidence.append(decision.evidence)
             decided.update(decision.weights)
+        if models is not None:
+            models.check()
         if untouched is not None:
             untouched.check(step.name, decided)
         sync_config(decoder)
     _check_foreseen(step, before, decoder.shape())
     outcome = Outcome(step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, cuts, tuple(evidence))
     if processes.first():
-        plugins.manager.hook.pass_finished(outcome=outcome)
+        pass_finished(plugins, outcome, calibration.progress)
     return outcome
+
+
+def _carry_out(step: PrunePass, decoder: Decoder, decision: Decision) -> None:
+    """Carries out a decision of a pass.
+
+    Raises:
+        SurgeryError: it cannot be; the message names the pass.
+    """
+    try:
+        operation.carry_out(decoder, decision)
+    except SurgeryError as error:
+        raise SurgeryError(f"The pass '{step.name}' decided what cannot be carried out: {error}") from error
+
+
+def _decisions(step: PrunePass, decoder: Decoder, calibration: Calibration) -> Iterator[Decision]:
+    """The decisions of a pass, which runs guarded.
+
+    Raises:
+        PassError: it yields something else, or evidence that is no plain data.
+    """
+    for made in guarded_steps(f"The pass '{step.name}'", partial(step.decide, decoder, calibration)):
+        check_decision(made, step.name)
+        plain_evidence(made.evidence, step.name)
+        yield made
 
 
 def _check_foreseen(step: PrunePass, before: Shape, after: Shape) -> None:
     """Refuses a shape that a pass did not foresee."""
-    expected = step.foresee(before)
+    expected = foreseen(step, before)
     # Of layers that are not alike, a search decides which go, and so how large what is left is.
     larger = before.even and abs(after.parameters - expected.parameters) > SURPRISE * before.parameters
     if step.foresees_layers and (len(after.layers) != len(expected.layers) or larger):

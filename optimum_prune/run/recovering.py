@@ -11,8 +11,10 @@ import torch
 from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.calibration.calibration import Calibration
 from optimum_prune.errors import NumericalError, SurgeryError
+from optimum_prune.hooks.hearing import before_pass, pass_finished
 from optimum_prune.hooks.plugins import Plugins
 from optimum_prune.machine import processes
+from optimum_prune.machine.isolation import guarded
 from optimum_prune.machine.memory import Meter
 from optimum_prune.options import as_plain
 from optimum_prune.passes.evidence import plain_evidence
@@ -39,7 +41,8 @@ def recover(
         NumericalError: a value is not finite.
     """
     if processes.first():
-        plugins.manager.hook.before_pass(step=step, model=decoder.model)
+        before_pass(plugins, step, decoder.model, calibration.progress)
+    models.check()
     journal, carry_out = journal_of(calibration), partial(_recovered, step, decoder, calibration, models)
     with Meter() as meter:
         found = carry_out() if journal is None else journal.result(step.name, carry_out)
@@ -48,7 +51,7 @@ def recover(
         step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, evidence=(found["evidence"],)
     )
     if processes.first():
-        plugins.manager.hook.pass_finished(outcome=outcome)
+        pass_finished(plugins, outcome, calibration.progress)
     return outcome
 
 
@@ -61,7 +64,9 @@ def _recovered(
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     before = _values(model, models)
     with models.writable(decoder) as moved:
-        evidence = step.recover(decoder, teacher, calibration)
+        with guarded(f"The pass '{step.name}'"):
+            evidence = step.recover(decoder, teacher, calibration)
+        models.check()
         after = _values(model, models)
     _check_kinds(step, before, after)
     parameters = dict(model.eval().named_parameters())

@@ -65,6 +65,10 @@ class Run:
         if processes.size() > 1:  # each would have to read the same, piece by piece
             return NoJournal()
         journal = self.unfinished.journal(described(self.recipe.in_memory))
+        if journal is not None and journal.damaged:
+            self.progress.say(
+                f"A part of what is kept in {self.unfinished.folder} is damaged, so what followed on it is computed again."
+            )
         return NoJournal() if journal is None else journal
 
     def _activations(self) -> ActivationStore:
@@ -80,10 +84,17 @@ class Run:
         found = self.unfinished.find(described(self.recipe.passes), resume)
         if resume and not self.unfinished.folder.exists():
             self.progress.say(f"There is nothing to go on from at {self.unfinished.folder} yet; beginning.")
+        if self.unfinished.remark:
+            self.progress.say(self.unfinished.remark)
         if found is None or found.passes < len(self.recipe.in_memory):
             return None
+        try:
+            report = Report.from_state(found.facts)
+        except Exception:  # whatever it is, nobody of ours wrote it
+            self.unfinished.disregard("its report cannot be read")
+            self.progress.say(self.unfinished.remark)
+            return None
         self.output.result = found.checkpoint
-        report = Report.from_state(found.facts)
         self.progress.say(
             f"Going on from {found.checkpoint}, where {', '.join(step.name for step in report.passes)} are done."
         )

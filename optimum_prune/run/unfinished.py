@@ -21,14 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optimum_prune.errors import OptimumPruneError, OutputError, RecipeError
+from optimum_prune.errors import OptimumPruneError, OutputError, RecipeError, VetoError, followed, found_no_memory
+from optimum_prune.machine.watched_files import WEIGHTS
+from optimum_prune.run.fingerprints import files_fingerprint
 from optimum_prune.run.journal import Journal
+from optimum_prune.run.output import make_hidden
 from optimum_prune.run.ownership import check_unfinished
 
 STATE = "state.json"
 """In the folder: what its checkpoint is."""
 JOURNAL, BEGUN = "journal", "begun.json"
 """In the folder: that of the journal, and in this, what it is of."""
+LARGEST = 2**26
+"""Bytes of a file that says what is here."""
 CHECKPOINT = re.compile(r"\d+-[\w.-]+")
 """The names of checkpoints in the folder."""
 
@@ -57,10 +62,13 @@ class Unfinished:
     """
 
     def __init__(self, output: Path, identity: Mapping[str, str | None]) -> None:
+        self.output = Path(os.path.abspath(output))
         self.folder = unfinished_folder(output)
         self.identity = dict(identity)
         self._journal: Journal | None = None
         self._saved = False
+        self.remark = ""
+        """What is to be said of what was found here."""
 
     def find(self, passes: Passes, resume: bool) -> Finished | None:
         """What is finished of these passes, if there is a checkpoint; there may be a journal.
@@ -73,6 +81,7 @@ class Unfinished:
             OutputError: what is there is not ours.
         """
         check_unfinished(self.folder)
+        before = self._left()
         state, begun = self._read(), self._begun()
         there = [known for known in (state, begun) if known is not None]
         fitting = [known for known in there if not self._changed(known, passes)]
@@ -85,7 +94,19 @@ class Unfinished:
                 f"{self.folder} is of another run: {', '.join(changed)} changed. Run with what it was begun with, or leave --resume out to "
                 f"begin anew."
             )
+        if before and begun not in fitting:
+            other = ", ".join(self._changed(there[-1], passes)) + " changed" if there else ""
+            self.disregard(other or "what is there cannot be used")
         return None
+
+    def disregard(self, why: str) -> None:
+        """Lets the run begin anew, although a checkpoint was found, and the reason be said."""
+        self._saved = False
+        self.remark = f"Beginning anew instead of going on from {self.folder}: {why}."
+
+    def _left(self) -> bool:
+        """Whether anything lies here."""
+        return self.folder.is_dir() and any(self.folder.iterdir())
 
     def journal(self, passes: Passes) -> Journal | None:
         """The journal of these passes on the model in memory: the one that is here if it is theirs, else an empty one in its place.
@@ -101,7 +122,7 @@ class Unfinished:
             return None
         folder, begun = self.folder / JOURNAL, self._begun()
         if begun is None or self._changed(begun, passes):
-            shutil.rmtree(folder, ignore_errors=True)
+            self._discard(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(folder)
         _write(folder / BEGUN, self._known(passes))
@@ -136,13 +157,14 @@ class Unfinished:
         place = checkpoint
         if checkpoint.parent != self.folder:
             place = self.folder / f"{len(passes)}-{checkpoint.name}"
-            shutil.rmtree(place, ignore_errors=True)
+            self._discard(place)
             checkpoint.rename(place)
-        _write(self.folder / STATE, {**self._known(passes), "checkpoint": place.name, "facts": facts})
+        about = {"checkpoint": place.name, "files": files_fingerprint(place, WEIGHTS), "facts": facts}
+        _write(self.folder / STATE, {**self._known(passes), **about})
         self._journal, self._saved = None, True
         for entry in self.folder.iterdir():  # what the state no longer names
             if entry.is_dir() and entry != place:
-                shutil.rmtree(entry, ignore_errors=True)
+                self._discard(entry)
         return place
 
     def forget(self) -> None:
@@ -151,23 +173,41 @@ class Unfinished:
         self.remove()
 
     def remove(self) -> None:
-        """Removes the folder, when the run is done."""
-        check_unfinished(self.folder)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes the folder, when the run is done; what is not ours stays."""
+        with suppress(OutputError):
+            check_unfinished(self.folder)
+            self._discard(self.folder)
+
+    def _discard(self, folder: Path) -> None:
+        """Removes a folder: whole, or, if that takes longer than this process lives, it gets a name that tells that it is to be removed."""
+        if not folder.is_dir():
+            return
+        try:
+            aside = make_hidden(self.output, "partial")
+        except OutputError:
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        try:
+            with suppress(OSError):
+                folder.rename(aside / folder.name)
+            shutil.rmtree(aside, ignore_errors=True)
+        finally:  # an interrupt comes once
+            for place in (aside, folder):
+                shutil.rmtree(place, ignore_errors=True)
 
     @contextmanager
     def errors_say_what_is_kept(self) -> Iterator[None]:
         """Adds to an error that leaves this block what is kept, and how to go on.
 
-        A journal is kept if the same command may end otherwise the next time: after an interrupt, or on a full disk.
+        A journal is kept if the same command may end otherwise the next time: after an interrupt or a veto, on a full disk or without memory.
         """
         try:
             yield
         except OptimumPruneError as error:
-            if self._journal is not None and not isinstance(error, OutputError):
+            if self._journal is not None and not _may_end_otherwise(error):
                 self._remove_journal()
             if kept := self._kept():
-                raise type(error)(f"{error} {kept}") from error
+                raise followed(error, kept) from error
             raise
         except KeyboardInterrupt as error:
             if kept := self._kept():
@@ -180,7 +220,7 @@ class Unfinished:
 
     def _remove_journal(self) -> None:
         self._journal = None
-        shutil.rmtree(self.folder / JOURNAL, ignore_errors=True)
+        self._discard(self.folder / JOURNAL)
         with suppress(OSError):  # a checkpoint of another run may be there
             self.folder.rmdir()
 
@@ -201,26 +241,39 @@ class Unfinished:
 
     def _read(self) -> Any:
         """What the checkpoint here is of, if there is one."""
-        state = _known_in(self.folder / STATE, {"checkpoint": str, "facts": dict})
+        state = _known_in(self.folder / STATE, {"checkpoint": str, "files": str, "facts": dict})
         if state is None or not CHECKPOINT.fullmatch(state["checkpoint"]):
             return None
         checkpoint = self.folder / state["checkpoint"]
-        return state if not checkpoint.is_symlink() and (checkpoint / "config.json").is_file() else None
+        try:
+            whole = (checkpoint / "config.json").is_file() and files_fingerprint(checkpoint, WEIGHTS) == state["files"]
+        except OSError:
+            whole = False
+        return state if whole and not checkpoint.is_symlink() else None
 
     def _begun(self) -> Any:
         """What the journal is of, if there is one."""
         return _known_in(self.folder / JOURNAL / BEGUN)
 
 
+def _may_end_otherwise(error: OptimumPruneError) -> bool:
+    """Whether the same command may come to another end the next time, with nothing changed that a journal is of."""
+    cause = error.__cause__
+    return isinstance(error, (OutputError, VetoError)) or (cause is not None and found_no_memory(cause))
+
+
 def unfinished_folder(output: Path) -> Path:
     """Where what is unfinished of a run with this output is kept."""
-    return output.absolute().with_name(f"{output.name}.unfinished")
+    whole = Path(os.path.abspath(output))
+    return whole.with_name(f"{whole.name}.unfinished")
 
 
 def _known_in(file: Path, more: Mapping[str, type] | None = None) -> Any:
     """What a file says of a run that wrote it; None if none did, whatever it holds."""
     kinds = {"identity": dict, "passes": list, **(more or {})}
     try:
+        if file.stat().st_size > LARGEST:
+            return None
         plain = json.loads(file.read_text(encoding="utf-8"))
         steps = [(str(name), dict(options)) for name, options, _ in plain["passes"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or something else's

@@ -40,8 +40,12 @@ class Target:
 
         return self._each(shape, narrow)
 
-    def with_whole_units_removed(self, shape: Shape, ratio: float, option: str) -> Shape:
+    def with_whole_units_removed(self, shape: Shape, ratio: float, option: str, fewer: str) -> Shape:
         """With about this fraction removed of units that are few, and not of all numbers of which a config can say.
+
+        Args:
+            option: in which the ratio was given.
+            fewer: what the config would have to say.
 
         Raises:
             RecipeError: a layer has no such axis, or the config cannot say that number.
@@ -51,7 +55,7 @@ class Target:
             axes = layer.within(self.block)
             if not axes:
                 raise RecipeError(
-                    f"{self.step} has a {option}, but the config of this architecture cannot say that there are fewer heads of the same size. "
+                    f"{self.step} has a {option}, but the config of this architecture cannot say that there are {fewer}. "
                     f"Leave {option} out."
                 )
             return layer.narrowed({axis.name: self._whole(axis, ratio, option) for axis in axes})
@@ -63,9 +67,9 @@ class Target:
         if wanted in axis.fewer:
             return wanted
         raise RecipeError(
-            f"{self.step} has {option} {ratio}, which keeps {wanted} of {axis.units} key-value heads, and the config of this "
+            f"{self.step} has {option} {ratio}, which keeps {wanted} of {axis.units} {axis.units_are}, and the config of this "
             + (
-                f"architecture allows {', '.join(map(str, axis.fewer))}: the number of query heads must divide the hidden size."
+                f"architecture allows {', '.join(map(str, axis.fewer))}, so that its sizes go together. Choose another {option}."
                 if axis.fewer
                 else f"architecture allows no fewer. Leave {option} out."
             )
@@ -85,16 +89,23 @@ class Target:
         between = [(low + high) / 2 for low, high in pairwise(exact)]  # where layers have widths of their own
         found = {1 - kept: self.narrowed(shape, 1 - kept) for kept in (*exact, *between)}
         if not found:
-            raise RecipeError("The layers are too narrow to keep a multiple of 'multiple_of' channels. Lower it.")
+            raise RecipeError(
+                f"The layers are too narrow for {self.step} to keep a multiple of 'multiple_of' {self._units(shape)}. Lower it."
+            )
         nearest = min(found.values(), key=lambda shape: abs(shape.parameters - parameters))
         sizes = sorted(each.parameters for each in found.values())
         step = max(second - first for first, second in zip(sizes, [*sizes[1:], shape.parameters], strict=True))
         if abs(nearest.parameters - parameters) > step:
             raise RecipeError(
-                f"{self.step} is to keep {parameters / total:.4g} of the parameters. By the FFN channels it can keep {sizes[0] / total:.3f} to "
-                f"{sizes[-1] / total:.3f} of them; change 'params', or remove heads or layers as well."
+                f"{self.step} is to keep {parameters / total:.4g} of the parameters. By the {self._units(shape)} it can keep "
+                f"{sizes[0] / total:.3f} to {sizes[-1] / total:.3f} of them; change 'params', or make the model smaller elsewhere as well."
             )
         return nearest
+
+    def _units(self, shape: Shape) -> str:
+        """What the units are that are narrowed."""
+        named = dict.fromkeys(axis.units_are for layer in shape.layers for axis in layer.within(self.block))
+        return " and ".join(named) or "units"
 
     def kept(self, axis: AxisShape, ratio: float) -> int:
         """Units kept of an axis: the multiple nearest to what the ratio asks for; never none, never all.
@@ -107,7 +118,7 @@ class Target:
         kept = min(max(kept, multiple), (width - 1) // multiple * multiple)
         if kept < 1:
             raise RecipeError(
-                f"{self.step} is to keep a multiple of {multiple} channels, and fewer than {width}. Lower multiple_of."
+                f"{self.step} is to keep a multiple of {multiple} {axis.units_are}, and fewer than {width}. Lower multiple_of."
             )
         return kept
 

@@ -15,6 +15,7 @@ from optimum_prune.anatomy.decoder import Decoder, DecoderLayer
 from optimum_prune.anatomy.family import Family
 from optimum_prune.anatomy.shape import BLOCKS
 from optimum_prune.errors import SurgeryError, reason
+from optimum_prune.surgery.norms import idle_norms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -99,13 +100,28 @@ def _make_heterogeneous(decoder: Decoder, owned: list[dict[str, Any]]) -> None:
 
     family, first = decoder.family, decoder.layer(0)
     try:
-        blocks = {block: list(first.modules_of(block)) for block in BLOCKS}
+        blocks = {block: [*_norms_out(decoder, block), *first.modules_of(block)] for block in BLOCKS}
         to_heterogeneous(decoder.model, family.layers, family.config, blocks, owned)
     except KeyError:
         raise SurgeryError(
             f"The layers of {type(decoder.model).__name__} would differ in shape, which can be saved for architectures of transformers "
             f"only. Keep the same sizes in every layer."
         ) from None
+
+
+def _norms_out(decoder: Decoder, block: str) -> list[str]:
+    """Takes out of the layers without a block the norms that belong to it, in place, and returns their paths."""
+    without = [layer for layer in decoder.layers if block not in layer.blocks]
+    there = [layer for layer in without if len(layer.blocks) == len(BLOCKS) - 1]
+    gone = (
+        [name for name, child in there[0].module.named_children() if isinstance(child, nn.Identity)] if there else []
+    )
+    paths = [path for path in gone if path not in there[0].modules_of(block)]
+    paths += idle_norms(there[0]) if there else []
+    for layer in without:
+        for path in paths:
+            layer.module.set_submodule(path, nn.Identity())
+    return paths
 
 
 def follow_config(layer: DecoderLayer) -> None:

@@ -3,9 +3,8 @@
 A copy of this file lies beside the weights of such a checkpoint. So it loads without optimum-prune, by
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`; after `import optimum_prune` no remote code is needed.
 
-The `config.json` has a model type of its own, so that nothing takes it for a stock checkpoint. In it, `base_config` is the
-config of the stock architecture, of `base_model_type`, and `pruned` says where the decoder layers are, which fields of the
-config each has for itself, and which of its blocks were left out.
+The `config.json` has a model type of its own, so that nothing takes it for a stock one. In it, `base_config` is that of the stock
+architecture, and `pruned` says where the decoder layers are, which fields each has for itself, and which blocks it has not.
 """
 
 from __future__ import annotations
@@ -28,14 +27,13 @@ if TYPE_CHECKING:
 
 MODEL_TYPE = "optimum_prune"
 FILE = "modeling_pruned"
-AUTO_MAP = {"AutoConfig": f"{FILE}.PrunedConfig", "AutoModelForCausalLM": f"{FILE}.PrunedForCausalLM"}
+MODELS = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+AUTO_MAP = {"AutoConfig": f"{FILE}.PrunedConfig", **dict.fromkeys(MODELS, f"{FILE}.PrunedForCausalLM")}
 AROUND = ("quantization_config", "transformers_version")
 """Fields that a reader of `config.json` may look for at its top."""
 HOW_TO_LOAD = "of base_config: load this model with trust_remote_code=True, or after `import optimum_prune`"
 """Stands at the top of `config.json` as the dtype. A stock class that is made to read it raises an error with these words in it,
 where it would otherwise build a model of its default size with random weights."""
-
-
 PATH = re.compile(r"[A-Za-z]\w*(\.[A-Za-z0-9]\w*)*")
 """Dotted names of modules: none that Python keeps for itself, and none that leads out."""
 LONGEST_PATH = 200
@@ -61,21 +59,22 @@ class Nothing(nn.Module):
 
     def __init__(self, block: str) -> None:
         super().__init__()
-        self.block = block
+        self.block, self.layer_idx = block, -1
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What attention puts out has its weights beside it, of which there are none."""
         zeros = torch.zeros_like(args[0] if args else kwargs["hidden_states"])
-        return (zeros, None) if self.block == "attention" else zeros
+        if self.block != "attention":
+            return zeros
+        for cache in (*args, *kwargs.values()):
+            own = dict(enumerate(getattr(cache, "layers", ()))).get(self.layer_idx)
+            if type(own).__name__ == "DynamicSlidingWindowLayer":  # it counts tokens, to be cropped with the others
+                cache.update(*2 * [zeros[:, None, :, :0]], self.layer_idx)
+        return zeros, None
 
 
 def leave_out(layer: nn.Module, block: str, modules: Sequence[str]) -> None:
-    """Leaves a block out of a decoder layer, in place.
-
-    Args:
-        block: "attention" or "feed_forward".
-        modules: paths of the modules that make it up, from where hidden states enter to where they leave.
-    """
+    """Leaves a block, attention or feed_forward, out of a decoder layer, in place; hidden states leave it by the last of its modules."""
     for path in modules[:-1]:
         layer.set_submodule(path, nn.Identity())
     layer.set_submodule(modules[-1], Nothing(block))
@@ -96,9 +95,10 @@ def sync_cache(layers: Any, attention: str, layer_types: Sequence[str] | None) -
         left = [index for index in of_kind if not hasattr(layers[index].get_submodule(attention), "puts_out_nothing")]
         if not left:
             raise ValueError(f"No attention of the type '{kind or 'attention'}' would be left, and caches need one.")
-        for module in layers[left[0]].get_submodule(attention).modules():
+        uses = {of_kind[0]: left[0], left[0]: of_kind[0]}
+        for index, module in ((i, each) for i in of_kind for each in layers[i].get_submodule(attention).modules()):
             if hasattr(module, "layer_idx"):
-                module.layer_idx = of_kind[0]
+                module.layer_idx = uses.get(index, index)
 
 
 class PrunedConfig(PreTrainedConfig):  # type: ignore[misc]  # not annotated
@@ -124,13 +124,11 @@ class PrunedForCausalLM:
     @classmethod
     def from_pretrained(cls, *args: Any, config: PreTrainedConfig, **kwargs: Any) -> Any:
         """A pruned model from its checkpoint."""
-        _, kind = pruned_classes(type(config))
-        return kind.from_pretrained(*args, config=config, **kwargs)
+        return pruned_classes(type(config))[1].from_pretrained(*args, config=config, **kwargs)
 
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> Any:
-        _, kind = pruned_classes(type(config))
-        return kind._from_config(config, **kwargs)
+        return pruned_classes(type(config))[1]._from_config(config, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModelForCausalLM") -> None:
@@ -158,8 +156,7 @@ class _ConfigOfPruned:
 
     def to_json_string(self, use_diff: bool = True) -> str:
         base = json.loads(super().to_json_string(use_diff))  # type: ignore[misc]  # likewise
-        plain = {name: base.pop(name) for name in AROUND if name in base}
-        plain["pruned"] = base.pop("pruned")
+        plain = {name: base.pop(name) for name in (*AROUND, "pruned") if name in base}
         base.pop("auto_map", None)
         stock = _stock(type(self))
         del base["model_type"]  # with it, a stock class would take this part for a config of its own
@@ -229,11 +226,10 @@ class _ModelOfPruned:
                     _found(layers[index], path, nn.Module)
                 leave_out(layers[index], block, shapes["blocks"][block])
         if any("without" in own for own in shapes["own"]):
-            sync_cache(layers, shapes["blocks"]["attention"][0], getattr(text, "layer_types", None))
+            sync_cache(layers, shapes["blocks"]["attention"][-1], getattr(text, "layer_types", None))
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        # The stock architecture's older names of weights are not for this model type.
-        kwargs.setdefault("save_original_format", False)
+        kwargs.setdefault("save_original_format", False)  # older names of weights are not for this model type
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]  # likewise
 
 
@@ -243,19 +239,21 @@ def pruned_classes(base: type[PreTrainedConfig]) -> tuple[type[PreTrainedConfig]
     Raises:
         KeyError: transformers has no causal language model with such a config.
     """
-    stock: Any = _stock(base) if issubclass(base, _ConfigOfPruned) else base
-    return _pruned_classes(stock)
+    return _pruned_classes(_stock(base) if issubclass(base, _ConfigOfPruned) else base)  # type: ignore[arg-type]  # a class
 
 
 @functools.cache
 def _pruned_classes(base: type) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     model = MODEL_FOR_CAUSAL_LM_MAPPING[base]
     config = type(f"Pruned{base.__name__}", (_ConfigOfPruned, base), {"__module__": __name__})
-    kind = type(f"Pruned{model.__name__}", (_ModelOfPruned, model), {"__module__": __name__, "config_class": config})
-    AutoModelForCausalLM.register(config, kind, exist_ok=True)
+    asked = {name: getattr(model, name) for name in dir(model) if name.startswith("_can_set_")}  # not of this code
+    own = {"__module__": __name__, "config_class": config, **asked}
+    kind = type(f"Pruned{model.__name__}", (_ModelOfPruned, model), own)
+    for auto in (getattr(transformers, name) for name in MODELS):
+        if base in auto._model_mapping:
+            auto.register(config, kind, exist_ok=True)
     return config, kind
 
 
@@ -273,8 +271,7 @@ def to_heterogeneous(
     Raises:
         KeyError: it is no stock model.
     """
-    kinds = pruned_classes(type(model.config))
-    model.config.__class__, model.__class__ = kinds
+    model.config.__class__, model.__class__ = pruned_classes(type(model.config))
     model.config.pruned = {"layers": layers, "config": config, "blocks": blocks, "own": own}
     model.config.auto_map = dict(AUTO_MAP)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from optimum_prune.checkpoint.caches import cache_of
 from optimum_prune.checkpoint.loading import load_model
 from optimum_prune.checkpoint.saving import save
 from optimum_prune.machine.progress import Progress
@@ -37,11 +38,11 @@ def logits(model: PreTrainedModel, windows: Windows) -> Float[Tensor, "windows l
 @torch.no_grad()
 def decoded_logits(model: PreTrainedModel, tokens: Int[Tensor, "w t"], decoded: int) -> Float[Tensor, "w decoded v"]:
     """Of the last `decoded` positions, one token at a time with a cache."""
-    cache, scores = None, []
+    cache, scores = dict[str, Any](), []
     start = tokens.shape[1] - decoded
     for piece in (tokens[:, :start], *torch.split(tokens[:, start:], 1, dim=1)):
-        output = model(input_ids=piece, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=piece, use_cache=True, **cache)
+        cache = cache_of(output, model)
         scores.append(output.logits)
     return torch.cat(scores[1:], dim=1)
 

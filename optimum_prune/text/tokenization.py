@@ -21,7 +21,7 @@ ALIKE = 32
 
 def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " tokens"]:
     """The tokens of a text, of a long one piece by piece: a tokenizer takes more than 100 bytes of memory for each character."""
-    if len(text) <= PIECE or not tokenizer.is_fast:
+    if len(text) <= PIECE or not _tells_offsets(tokenizer):
         return _encoded(text, tokenizer)[0]
     (tokens, begins), pieces = _encoded(text[:PIECE], tokenizer), []
     for start in range(PIECE - OVERLAP, len(text) - OVERLAP, PIECE - OVERLAP):
@@ -35,13 +35,18 @@ def tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> Int[Tensor, " tok
     return torch.cat([*pieces, tokens])
 
 
+def _tells_offsets(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer can tell where tokens begin: those written in Rust can, and some others do not even know the question."""
+    return bool(getattr(tokenizer, "is_fast", False))
+
+
 def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"]]:
     """The tokens of a text, and at which of its characters each begins, if the tokenizer can tell."""
     encoded = tokenizer(
         text,
         add_special_tokens=False,
         return_attention_mask=False,
-        return_offsets_mapping=tokenizer.is_fast,
+        return_offsets_mapping=_tells_offsets(tokenizer),
         verbose=False,
     )
     begins = [begin for begin, _ in encoded.get("offset_mapping", ())]

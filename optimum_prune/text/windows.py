@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from optimum_prune.errors import TextError
 from optimum_prune.machine.processes import rank, size
 
 if TYPE_CHECKING:
@@ -32,6 +34,34 @@ class Windows:
     ) -> Windows:
         """Windows without padding."""
         return cls(tokens, torch.ones_like(tokens, dtype=torch.bool), source, bos)
+
+    def check(self, longest: int) -> None:
+        """Refuses what are no windows that a model can be run on.
+
+        Args:
+            longest: how many tokens it takes at once.
+
+        Raises:
+            TextError: they are none.
+        """
+        tokens, mask = self.tokens, self.mask
+        flaw = ""
+        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            flaw = "are no matrix of whole numbers, a row for each window"
+        elif not isinstance(mask, Tensor) or mask.shape != tokens.shape or mask.dtype != torch.bool:
+            flaw = "have a mask that does not say true or false of each token"
+        elif len(tokens) == 0 or tokens.shape[1] < 2:
+            flaw = f"are {len(tokens)} of {tokens.shape[1]} tokens, where there must be one at least, of two at least"
+        elif tokens.shape[1] > longest:
+            flaw = f"are of {tokens.shape[1]} tokens, and the model takes at most {longest}"
+        elif int(tokens.min()) < 0:
+            flaw = f"have the token {int(tokens.min())}, which no tokenizer has"
+        elif not mask.any():
+            flaw = "are nothing but padding"
+        if flaw:
+            raise TextError(
+                f"The windows of tokens that are given {flaw}. Make them with Windows.from_tokens(tokens)."
+            )
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -63,6 +93,13 @@ class Windows:
     def describe(self, seed: int) -> dict[str, Any]:
         """Where they are from, how many and how long, for the report."""
         return {"text": self.source, "windows": len(self), "length": self.length, "bos": self.bos, "seed": seed}
+
+
+def joined(some: Sequence[Windows]) -> Windows:
+    """Windows of one length together."""
+    first = some[0]
+    tokens, mask = (torch.cat([getattr(each, name) for each in some]) for name in ("tokens", "mask"))
+    return replace(first, tokens=tokens, mask=mask, source=" and ".join(dict.fromkeys(each.source for each in some)))
 
 
 @dataclass(frozen=True)

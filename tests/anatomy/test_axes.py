@@ -191,6 +191,10 @@ def grouped(plugins) -> Decoder:
 
 def cut_experts_as_masked(decoder: Decoder, kept: dict[int, tuple[int, ...]]) -> Decoder:
     """The model with these experts only, which is to compute what it does where its routers do not see the others."""
+    if type(decoder.layer(max(kept)).part("mlp").gate) is torch.nn.Linear:
+        pytest.skip(
+            "before transformers 5.16, the router of DeepSeek V2 is not called, so nothing can be hidden from it"
+        )
     tiny.in_double(decoder.model)
     smaller = copied(decoder)
     conformance.cut(smaller, Cuts.along("whole_experts", kept))

@@ -40,7 +40,8 @@ def test_optimum_cli_hands_on_flags_and_exit_codes(work):
     assert "--ratio" in helped.stdout
 
 
-def test_the_command_line_and_the_recipe_and_python_make_the_same_model(cli, llama, text_file, work):
+def test_the_command_line_and_the_recipe_and_python_make_the_same_model(cli, llama, text_file, work, monkeypatch):
+    monkeypatch.chdir(llama.parents[1])
     code, _, error = cli("prune", "osscar", "--ratio", 0.25, "--output", work / "a", *common(llama, text_file))
     assert (code, error) == (0, "")
     code, _, error = cli("compress", "run", work / "a" / "compression" / "recipe.yaml", "--output", work / "b")

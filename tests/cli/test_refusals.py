@@ -172,7 +172,7 @@ def test_a_command_that_is_not_whole_is_refused(arguments, cli, work, monkeypatc
         ("passes: [", "not plain YAML"),
         ("passes: !!python/object/apply:os.system ['touch made']", "not plain YAML"),
         ("", "empty"),
-        ("passes: [{depth: {layers: 1}}]\ncalibration: {text: nowhere.txt}", "does not exist"),
+        ("passes: [{depth: {layers: 1}}]\nevaluation: {text: nowhere.txt}", "does not exist"),
     ],
     ids=lambda value: value,
 )

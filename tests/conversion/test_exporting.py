@@ -5,11 +5,12 @@ import copy
 import pytest
 import tiny
 import torch
-from transformers.exporters import DynamoConfig, DynamoExporter
 
 from optimum_prune.conversion.exporting import CachedRuntime, Limits, export, first_inputs, trace
 from optimum_prune.evaluation.comparison import relative_difference
 
+pytest.importorskip("transformers", minversion="5.23", reason="exporters are newer than the oldest transformers")
+exporters = pytest.importorskip("transformers.exporters")
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")
 
 
@@ -18,7 +19,7 @@ class InTorch(CachedRuntime):
         self.graph, self.traced, self.limits = graph, traced, limits or Limits()
 
     def start(self, windows):
-        return first_inputs(self.traced, torch.zeros(windows, 1, dtype=torch.long))["past_key_values"]
+        return first_inputs(self.traced, torch.zeros(windows, 1, dtype=torch.long))[self.traced.cache]
 
     def step(self, tokens, before, cache):
         windows, length = tokens.shape
@@ -26,10 +27,10 @@ class InTorch(CachedRuntime):
             "input_ids": tokens,
             "attention_mask": torch.ones(windows, before + length, dtype=torch.long),
             "position_ids": torch.arange(before, before + length).repeat(windows, 1),
-            "past_key_values": copy.deepcopy(cache),
+            self.traced.cache: copy.deepcopy(cache),
         }
         output = self.graph(**{name: inputs[name] for name in self.traced.inputs if name in inputs})
-        return output.logits, output.past_key_values
+        return output.logits, output[self.traced.cache]
 
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
@@ -40,7 +41,7 @@ def model(request):
 @pytest.fixture(scope="module")
 def graph(model):
     traced = trace(model)
-    return export(DynamoExporter(), traced, DynamoConfig()), traced
+    return export(exporters.DynamoExporter(), traced, exporters.DynamoConfig()), traced
 
 
 @pytest.mark.parametrize(("windows", "length"), [(1, 30), (3, 9)])
@@ -67,4 +68,4 @@ def test_every_axis_that_varies_is_open_and_no_other(model):
     assert "attention_mask" not in traced.inputs
     assert traced.inputs["input_ids"].shape == (1, 2)
     assert traced.shapes["input_ids"][1].max == 16
-    assert {axis[2].max for axis in traced.shapes["past_key_values"]} == {64}
+    assert {axis[2].max for axis in traced.shapes[traced.cache]} == {64}

@@ -58,7 +58,10 @@ def test_all_is_put_back_and_what_is_printed_is_no_result(capsys):
     [
         (SystemExit(0), r"The pass 'loud' asked the program to end, by sys\.exit\(0\)"),
         (SystemExit("bye"), r"sys\.exit\('bye'\)"),
-        (KeyError("a\nb"), r"The pass 'loud' failed: KeyError: 'a\\nb'\. Please report it"),
+        (
+            KeyError("a\nb"),
+            r"The pass 'loud' failed: KeyError: 'a\\nb'\. It was in test_guarded\.py, line \d+\. Please report it",
+        ),
         (ValueError("first\nsecond"), r"failed: ValueError: first\. "),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), r"failed: FileNotFoundError"),
         (MemoryError(), r"found no memory left.*--offload"),

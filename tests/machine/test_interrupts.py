@@ -104,3 +104,21 @@ def test_afterwards_signals_are_heeded_as_before():
         signal.raise_signal(signal.SIGTERM)
         time.sleep(1)
     assert {number: signal.getsignal(number) for number in interrupts.SIGNALS} == before
+
+
+def test_when_a_result_is_about_to_be_there_it_is_too_late_to_stop():
+    with interrupts.raised():
+        with interrupts.finishing():
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert not interrupts.stopping()
+
+
+def test_a_result_that_fails_at_its_end_can_be_stopped_again():
+    with interrupts.raised():
+        with pytest.raises(ValueError, match="mine"), interrupts.finishing():
+            raise ValueError("mine")
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert interrupts.stopping()
+    assert not interrupts.stopping()

@@ -14,12 +14,14 @@ import signal
 import sys
 import time
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from torch.testing import assert_close
 
 from optimum_prune import Cuts, Decision
+from optimum_prune.errors import PassError
 from optimum_prune.machine.locks import lock
 from optimum_prune.run.journal import Journal
 
@@ -159,14 +161,21 @@ class TestAKilledRun:
         if damage == "half-written":
             (journal / "partial").write_bytes(content[: len(content) // 2])
             (journal / "begun.json.partial").write_text('{"ident')
-        assert run(begun("osscar with heads", "--resume"), tmp_path) == (0, "")
+        code, said = run(begun("osscar with heads", "--resume"), tmp_path)
+        assert (code, len(said.splitlines())) == (0, damage != "half-written")
+        assert damage == "half-written" or "is damaged, so what followed on it is computed again" in said
         assert run(begun("osscar with heads", output=tmp_path / "whole"), tmp_path) == (0, "")
         assert names(tmp_path) == ["out", "whole"]
         assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
 
     def test_is_begun_anew_if_nothing_tells_what_it_was(self, begun, tmp_path):
         (tmp_path / "out.unfinished/journal/begun.json").write_text("{}")
-        assert run(begun("osscar with heads", "--resume"), tmp_path) == (0, "")
+        code, said = run(begun("osscar with heads", "--resume"), tmp_path)
+        folder = tmp_path / "out.unfinished"
+        assert (code, said) == (
+            0,
+            f"Beginning anew instead of going on from {folder}: what is there cannot be used.\n",
+        )
         assert names(tmp_path) == ["out"]
 
     @pytest.mark.parametrize(
@@ -296,5 +305,14 @@ class TestTheJournal:
         assert len(journal) == 2
 
     def test_refuses_what_is_no_data(self, tmp_path):
-        with pytest.raises(TypeError, match="cannot be kept"):
+        with pytest.raises(PassError, match="cannot be kept: a object is neither plain data"):
             Journal(tmp_path).once("one", object)
+
+    def test_takes_numbers_of_numpy(self, tmp_path):
+        for _ in range(2):
+            decision = Decision(evidence={"number": np.int64(3), "list": np.ones(2)})
+            (found,) = Journal(tmp_path).decisions("one", lambda decision=decision: [decision])
+            assert {name: np.asarray(value).tolist() for name, value in found.evidence.items()} == {
+                "number": 3,
+                "list": [1, 1],
+            }

@@ -371,6 +371,7 @@ class Hub:
         self.pushed = sorted(operation.path_in_repo for operation in operations)
 
 
+@pytest.mark.skipif(not hasattr(transformers.utils.hub, "hf_api"), reason="older transformers push in another way")
 @pytest.mark.parametrize("again", [False, True], ids=["at first", "over an older one"])
 @pytest.mark.parametrize("part", ["model", "config"])
 def test_its_code_is_pushed_to_the_hub_with_it(part, again, uneven, tmp_path, monkeypatch):
@@ -397,3 +398,37 @@ def test_that_a_model_with_code_of_its_own_cannot_be_saved_so_is_known_beforehan
         check_heterogeneous(config, "a model")
     with pytest.raises(SurgeryError, match="Keep the same sizes and blocks in every layer"):
         check_heterogeneous(OwnConfig(), "a model")
+
+
+GONE = Cuts(blocks={0: ("feed_forward",), 2: ("attention",), 4: ("feed_forward",)})
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen2", "cohere2", "mistral", "gpt2"])
+def test_where_an_attention_is_gone_looking_up_the_prompt_and_assistants_give_the_same_text(name, decoder):
+    conformance.cut(decoder, GONE)
+    model, half = decoder.model, tiny.windows(1, 12).tokens
+    tokens = torch.cat([half, half], dim=1)
+    asked = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    expected = model.generate(tokens, **asked)
+    for more in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": copy.deepcopy(model)}, {"use_cache": False}):
+        assert torch.equal(model.generate(tokens, **asked, **more), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if name != "gemma3-vision"])
+def test_a_norm_goes_with_its_block_and_every_parameter_that_is_left_can_be_trained(name, decoder, tmp_path):
+    conformance.cut(decoder, GONE)
+    found = conformance.reloads_exactly(decoder.model, tmp_path, WINDOWS)
+    conformance.generates_as_it_scores(found, WINDOWS)
+    if name not in tiny.MIXTURES:
+        found(input_ids=WINDOWS.tokens, labels=WINDOWS.tokens).loss.backward()
+        assert [each for each, value in found.named_parameters() if value.grad is None] == []
+    again = copy.deepcopy(found)
+    conformance.reloads_exactly(again, tmp_path / "again", WINDOWS)
+
+
+@pytest.mark.parametrize("name", ["gemma3-vision"])
+def test_one_that_sees_is_found_as_such(name, decoder, tmp_path):
+    conformance.cut(decoder, GONE)
+    saving.save(decoder.model, None, tmp_path, Progress())
+    found = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert torch.equal(conformance.logits(found, WINDOWS), conformance.logits(decoder.model, WINDOWS))

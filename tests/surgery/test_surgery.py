@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 from torch.testing import assert_close
+from transformers import BloomConfig, Llama4Config, SmolLM3Config
 
 from optimum_prune import AxisShape, Cuts, Decision, Decoder, Family, FeedForward, Heads, LayerShape, Shape
 from optimum_prune import testing as conformance
@@ -318,3 +319,22 @@ def test_an_unknown_architecture_gets_the_lines_of_a_plugin_that_work(plugins):
     (family,) = namespace["families"]()
     assert family.model_types == ("falcon-h1.5",)
     assert 'falcon_h1_5_family = "falcon_h1_5_family"' in project
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (SmolLM3Config(num_hidden_layers=4), {"per_layer": ("layer_types", "no_rope_layers")}),
+        (Llama4Config(), {"per_layer": ("layer_types", "no_rope_layers"), "config": "text_config"}),
+        (BloomConfig(n_layer=2), {"depth": "n_layer"}),
+    ],
+    ids=lambda each: getattr(each, "model_type", ""),
+)
+def test_these_lines_name_what_the_config_says_of_each_layer(config, told):
+    with pytest.raises(FamilyError) as caught:
+        find_family(config, [])
+    code = str(caught.value).partition("# pyproject.toml")[0]
+    namespace: dict = {}
+    exec(code[code.index("# ") :].replace("\n    ", "\n"), namespace)
+    (family,) = namespace["families"]()
+    assert {name: getattr(family, name) for name in told} == told

@@ -373,6 +373,18 @@ def test_weights_of_a_dtype_that_no_config_names_are_loaded_as_they_are(model, t
     assert {weight.dtype for weight in load_file(taken(model) / WEIGHTS).values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("behind", [b"x", b"\0" * 64])
+def test_a_file_with_something_behind_its_tensors_is_damaged(behind, model, refused):
+    with (model / WEIGHTS).open("ab") as file:
+        file.write(behind)
+    assert "damaged" in refused(model)
+
+
+def test_a_config_that_asks_for_tuples_is_no_obstacle(model, llama, taken):
+    edit(model / CONFIG, return_dict=False)
+    assert digests(taken(model)) == digests(taken(llama))
+
+
 def test_files_and_tensors_that_are_not_the_models_do_no_harm(model, taken):
     change_weights(model, lambda weights: weights | {"stray": torch.ones(3).to(torch.float8_e4m3fn)})
     (model / "consolidated.safetensors").write_bytes(b"no weights")

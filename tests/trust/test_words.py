@@ -235,11 +235,11 @@ def test_a_flag_for_several_values_may_be_repeated_and_home_is_home(done, common
 def test_names_that_a_terminal_would_obey_are_escaped(done, common, text_file, tmp_path):
     text = tmp_path / "a\x1b[31m\nb.txt"
     text.write_bytes(text_file.read_bytes())
-    out, error = done("prune", "depth", "--drop", 0, "--output", tmp_path / "o\nut", *common, "--text", text)
+    out, error = done("prune", "depth", "--drop", 0, "--output", tmp_path / "o\x1but", *common, "--text", text)
     assert error == ""
     assert all(line.isprintable() for line in out.splitlines())
     assert r"a\x1b[31m\nb.txt" in out
-    assert rf"Saved to {tmp_path}/o\nut" in out
+    assert rf"Saved to {tmp_path}/o\x1but" in out
 
 
 @pytest.mark.parametrize(
@@ -371,12 +371,20 @@ def test_help_shows_what_a_plugin_says_of_itself(stranger, done):
         (
             "foresee",
             "raise KeyError('a\\nb')",
-            "KeyError: 'a\\nb'. It was in the plugin stranger (stranger), stranger_plugin.py, line",
+            "The pass 'first' failed: KeyError: 'a\\nb'. It was in stranger_plugin.py, line 15. Please report it",
         ),
-        ("foresee", "sys.exit(0)", "stranger_plugin.py, line 15 ended the program with sys.exit(0)"),
+        ("foresee", "sys.exit(0)", "The pass 'first' asked the program to end, by sys.exit(0)"),
         ("foresee", "input('? ')", "EOFError"),
-        ("foresee", "raise MemoryError", "There is no memory left"),
-        ("foresee", "open('/no/where')", "/no/where: No such file or directory, in the plugin stranger"),
+        ("foresee", "raise MemoryError", "The pass 'first' found no memory left"),
+        ("foresee", "open('/no/where')", "No such file or directory: '/no/where'. It was in stranger_plugin.py"),
+        (
+            "decide",
+            "raise KeyError('a\\nb')",
+            "The pass 'first' failed: KeyError: 'a\\nb'. It was in stranger_plugin.py",
+        ),
+        ("decide", "sys.exit(0)", "The pass 'first' asked the program to end, by sys.exit(0)"),
+        ("decide", "yield 7", "The pass 'first' yields 7, which is no Decision"),
+        ("decide", "yield Decision(evidence={'why': {1, 2}})", "gives as evidence, at 'why', a set"),
         (
             "first",
             "sys.exit(0)",

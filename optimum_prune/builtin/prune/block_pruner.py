@@ -21,8 +21,9 @@ import torch
 from optimum_prune.anatomy.shape import BLOCKS, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.stream import run_without
-from optimum_prune.errors import RecipeError
+from optimum_prune.errors import RecipeError, SurgeryError
 from optimum_prune.hooks.marker import hookimpl
+from optimum_prune.machine.mapped_weights import held
 from optimum_prune.options import option
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
@@ -66,10 +67,10 @@ class BlockPruner(PrunePass):
             )
 
     def foresee(self, shape: Shape) -> Shape:
-        count, total = self._count(shape), 2 * len(shape.layers)
-        if count > total - 2:
+        count, there = self._count(shape), [block for layer in shape.layers for block in layer.blocks]
+        if count > len(there) - 2:
             raise RecipeError(
-                f"block-pruner is asked to leave out {count} blocks of {total}. Leave at least an attention and an FFN in."
+                f"block-pruner is asked to leave out {count} blocks of {len(there)}. Leave at least an attention and an FFN in."
             )
         # Which blocks go is for the search to find out: as if those of the last layers did, half of a layer's parameters each.
         whole = len(shape.layers) - (0 if self.stock else count // 2)
@@ -116,10 +117,14 @@ def search_blocks(
 
     Args:
         race: let candidates that are worse beyond doubt stop early.
-        whole: a layer that has lost both blocks hands on what it is given, norms left out as well.
+        whole: a layer that has lost both blocks hands on what it is given, norms left out as well. Else blocks are left out by zeros, and
+            those that put out nothing but zeros are so already.
+
+    Raises:
+        SurgeryError: there are not so many.
     """
     layers = decoder.layers
-    left = [(layer.index, block) for layer in layers for block in layer.blocks]
+    left = _candidates(decoder, count, zeroed=whole)
     gone: list[Block] = []
     rounds = []
 
@@ -147,6 +152,26 @@ def search_blocks(
     return gone, rounds
 
 
+def _candidates(decoder: Decoder, count: int, *, zeroed: bool) -> list[Block]:
+    """The blocks of which so many can be left out.
+
+    Args:
+        zeroed: whether those that put out nothing but zeros are among them.
+    """
+    left, there = [], 0
+    for layer in decoder.layers:
+        with held(layer.module):
+            left += [(layer.index, block) for block in layer.blocks if zeroed or not layer.adds_nothing(block)]
+        there += len(layer.blocks)
+    free = sum(max(sum(kind == block for _, block in left) - 1, 0) for kind in BLOCKS)
+    if count > free:
+        raise SurgeryError(
+            f"block-pruner is asked to leave out {count} blocks, and {free} can be: {there - len(left)} of {there} put out nothing as it is, "
+            f"and an attention and an FFN stay. Ask for fewer."
+        )
+    return left
+
+
 def _kept(decoder: Decoder, gone: Sequence[Block]) -> dict[int, tuple[str, ...]]:
     """Of each layer, the blocks that stay."""
     return {
@@ -165,14 +190,11 @@ def _cuts(decoder: Decoder, gone: Sequence[Block]) -> Cuts:
 
 def _zeros(decoder: Decoder, gone: Sequence[Block]) -> dict[str, Tensor]:
     """Output projections that put out nothing, by the names of their weights."""
-    zeros = {}
-    for index, block in gone:
-        layer = decoder.layer(index)
-        for path in layer.outputs_of(block):
-            for name, parameter in layer.module.named_parameters():
-                if name in (path, f"{path.removesuffix('weight')}bias"):
-                    zeros[f"{layer.prefix}{name}"] = torch.zeros_like(parameter)
-    return zeros
+    return {
+        f"{layer.prefix}{path}": torch.zeros_like(parameter)
+        for layer, block in ((decoder.layer(index), block) for index, block in gone)
+        for path, parameter in layer.output_parameters(block).items()
+    }
 
 
 @hookimpl

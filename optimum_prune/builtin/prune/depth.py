@@ -152,6 +152,10 @@ class Depth(PrunePass):
         return self.search == "racing" and self._pattern != "ranked"
 
     @property
+    def needs_text(self) -> bool:
+        return self.drop is None or self.heal
+
+    @property
     def may_end_early(self) -> bool:
         return self.search == "racing"
 

@@ -136,7 +136,9 @@ class Osscar(PrunePass):
     def _with_fewer_whole_units(self, shape: Shape) -> Shape:
         if not self.head_ratio:
             return shape
-        return self._target(ATTENTION).with_whole_units_removed(shape, self.head_ratio, "head_ratio")
+        return self._target(ATTENTION).with_whole_units_removed(
+            shape, self.head_ratio, "head_ratio", "fewer heads of the same size"
+        )
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         pairs = list(zip(shape.layers, self.foresee(shape).layers, strict=True))

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import tiny
@@ -13,8 +15,9 @@ from optimum_prune import Calibration, Cuts, Decoder, Depth, Osscar, Windows
 from optimum_prune import testing as conformance
 from optimum_prune.anatomy.shape import BLOCKS
 from optimum_prune.builtin.prune.block_pruner import Block, BlockPruner, search_blocks
-from optimum_prune.errors import RecipeError
+from optimum_prune.errors import RecipeError, SurgeryError
 from optimum_prune.evaluation.losses import next_token_losses
+from optimum_prune.hooks.plugins import Plugins
 
 every_family = pytest.mark.parametrize("name", tiny.FAMILIES)
 
@@ -146,3 +149,35 @@ def test_more_blocks_than_there_are_cannot_go(name, decoder):
     with pytest.raises(RecipeError, match="11 blocks of 12"):
         BlockPruner(blocks=11).foresee(shape)
     assert BlockPruner(blocks=3).foresee(shape).parameters < shape.parameters
+
+
+STOCK = BlockPruner(blocks=3, stock=True, search="exact")
+
+
+def removed(decoder: Decoder, plugins: Plugins, **options: Any) -> set[Block]:
+    """The blocks that the stock form of a pass leaves out of a model, which it changes."""
+    outcome = conformance.pruned(dataclasses.replace(STOCK, **options), decoder, tiny.windows(4), plugins)
+    return {tuple(block) for block in outcome.evidence[-1]["removed"]}
+
+
+def silent(decoder: Decoder) -> set[Block]:
+    return {(layer.index, block) for layer in decoder.layers for block in BLOCKS if layer.adds_nothing(block)}
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt_neox", "qwen3_moe", "gpt2", "opt-post-norm", "deepseek_v3"])
+@pytest.mark.parametrize("heal", [False, True], ids=["as it is", "healed"])
+def test_what_was_left_out_by_zeros_is_not_left_out_again_and_not_healed(name, decoder, plugins, heal):
+    first = removed(decoder, plugins, heal=heal)
+    assert silent(decoder) == first
+    second = removed(decoder, plugins, heal=heal)
+    assert len(first | second) == 6
+    assert silent(decoder) == first | second
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_of_blocks_that_put_out_nothing_none_are_left_to_leave_out(name, decoder, plugins):
+    removed(decoder, plugins, blocks=8, heal=False)
+    with pytest.raises(
+        SurgeryError, match=r"leave out 3 blocks, and 2 can be: 8 of 12 put out nothing.*Ask for fewer"
+    ):
+        removed(decoder, plugins)

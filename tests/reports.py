@@ -169,12 +169,11 @@ CUTS = [
     {"pass": "onnx"},
 ]
 TABLE = """\
-                             before     after   change
-Parameters                  134.5 M   118.1 M  -12.2 %
-... without embeddings      106.2 M    89.8 M  -15.4 %
-Size on disk               269.0 MB  236.3 MB  -12.2 %
-Perplexity                    22.97     33.11  +44.1 %
-Seconds for 10,000 tokens      3.87      3.60   -7.0 %
+                          before     after   change
+Parameters               134.5 M   118.1 M  -12.2 %
+... without embeddings   106.2 M    89.8 M  -15.4 %
+Size on disk            269.0 MB  236.3 MB  -12.2 %
+Perplexity                 22.97     33.11  +44.1 %
 """
 MARKDOWN = """\
 |  | before | after | change |
@@ -183,12 +182,11 @@ MARKDOWN = """\
 | ... without embeddings | 106.2 M | 89.8 M | -15.4 % |
 | Size on disk | 269.0 MB | 236.3 MB | -12.2 % |
 | Perplexity | 22.97 | 33.11 | +44.1 % |
-| Seconds for 10,000 tokens | 3.87 | 3.60 | -7.0 % |
 """
 NOTES = [
     "osscar: 9.3 s, peak memory 1.31 GB",
     "gptq: 33.4 s, peak memory 1.26 GB; 98.7 MB, logits differ by 0.062 of their spread (0.25 tolerated), 12 of 16 tokens generated "
-    "alike, perplexity 33.11, 2,778 tokens per second; it cannot be read in this environment (ImportError: No module named gptqmodel.)",
+    "alike, perplexity 33.11; it cannot be read in this environment (ImportError: No module named gptqmodel.)",
     "onnx: 12.0 s, peak memory 2.00 GB; 540.0 MB in onnx/, logits differ by 1.2e-06 of their spread (0.001 tolerated), 16 of 16 tokens "
     "generated alike",
     "Perplexity on the end of some.txt: 4 windows of 32 tokens, with a beginning-of-sequence token, mean over 124 predicted tokens, float16",

@@ -1,0 +1,54 @@
+"""Files of weights that are read for as long as a run lasts, and whether somebody has changed them meanwhile."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from optimum_prune.errors import CheckpointError, printable
+
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+"""How the names of files with weights end."""
+
+
+class WatchedFile(NamedTuple):
+    """A file, and what tells whether it is as it was when this was made."""
+
+    path: Path
+    state: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, path: Path) -> WatchedFile:
+        """A file as it is now.
+
+        Raises:
+            OSError: it is not there.
+        """
+        return cls(path.absolute(), _state(path))
+
+    def check(self) -> None:
+        """Refuses to read on in a file that is not what it was: what was cut off would end the process when it is read.
+
+        Raises:
+            CheckpointError: it was changed, replaced or removed.
+        """
+        try:
+            same = _state(self.path) == self.state
+        except OSError:
+            same = False
+        if not same:
+            raise CheckpointError(
+                f"The weights file {printable(str(self.path))} was changed while it was read. Run it again when it is as it should be."
+            )
+
+
+def watched(place: Path) -> tuple[WatchedFile, ...]:
+    """The weights in a folder or a file; none if it is neither."""
+    files = [place] if place.is_file() else sorted(place.iterdir()) if place.is_dir() else []
+    return tuple(WatchedFile.of(file) for file in files if file.suffix in WEIGHTS and file.is_file())
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    about = os.stat(path)  # noqa: PTH116 - once for each layer
+    return about.st_ino, about.st_size, about.st_mtime_ns

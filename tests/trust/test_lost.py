@@ -1,0 +1,324 @@
+"""Nothing is lost: neither a finished run to its last lines, nor a person's files, nor a run to somebody else's mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import tiny
+from folder_passes import Archive, Halve
+
+from optimum_prune import Depth, Osscar, Recipe, Settings, Text, compress, hookimpl
+from optimum_prune.errors import CheckpointError, OptimumPruneError, OutputError, RecipeError, VetoError
+from optimum_prune.machine.progress import Progress
+
+DROP = Depth(drop=(1,))
+
+
+@pytest.fixture
+def recipe(llama, text_file):
+    """Passes -> the recipe that carries them out on a tiny Llama."""
+
+    def recipe(*passes, model=llama, **settings):
+        return Recipe(
+            passes=passes or (DROP,),
+            calibration=Text(text=str(text_file), samples=2, length=16),
+            evaluation=Text(samples=0),
+            settings=Settings(model=str(model), device="cpu", **settings),
+        )
+
+    return recipe
+
+
+def names(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+def one_line(caught):
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class Hook:
+    """Calls what it is given before a pass, or after."""
+
+    def __init__(self, before=None, after=None):
+        self.before, self.after = before or {}, after or {}
+
+    @hookimpl
+    def before_pass(self, step, model):
+        self.before.get(step.name, lambda: None)()
+
+    @hookimpl
+    def pass_finished(self, outcome):
+        self.after.get(outcome.name, lambda: None)()
+
+
+def raiser(error):
+    def fail():
+        raise error
+
+    return fail
+
+
+# Names of outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("a\udcffb", "is no UTF-8"), ("a\0b", "holds a NUL character"), ("a\nb", "breaks the line")],
+)
+def test_a_name_that_no_output_can_have_is_refused_before_anything_runs(name, why, recipe, tmp_path):
+    with pytest.raises(OutputError, match=why) as caught:
+        compress(recipe(model="no/where"), tmp_path / name)
+    assert one_line(caught).isprintable()
+    assert names(tmp_path) == []
+
+
+def test_a_home_folder_that_nobody_has_is_a_name(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    compress(recipe(), "~nobody_of_this_name")
+    assert names(tmp_path) == ["~nobody_of_this_name"]
+
+
+def test_an_interpreter_that_is_none_is_refused_before_the_model_is_opened(recipe, tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho nonsense\n")
+    fake.chmod(0o755)
+    with pytest.raises(RecipeError, match="does not answer as a Python does"):
+        compress(recipe(Archive(python=str(fake)), model="no/where"), tmp_path / "out")
+
+
+# Weights that change under a run
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("harm", ["truncate", "overwrite", "replace"])
+def test_weights_that_change_while_they_are_read_are_named(harm, offload, recipe, llama, tmp_path):
+    model = shutil.copytree(llama, tmp_path / "model")
+    file = model / "model.safetensors"
+
+    def change():
+        if harm == "replace":
+            shutil.copy(file, tmp_path / "aside")
+            (tmp_path / "aside").replace(file)
+        elif harm == "truncate":
+            os.truncate(file, 5000)
+        else:
+            file.write_bytes(file.read_bytes()[:-4] + b"abcd")
+
+    recipe = recipe(Osscar(ratio=0.25), model=model, offload=offload)
+    with pytest.raises(CheckpointError, match=r"changed while (it was|they were) read") as caught:
+        compress(recipe, tmp_path / "out", hooks=[Hook({"osscar": change})])
+    assert str(file if offload else model) in one_line(caught)
+    assert "out" not in names(tmp_path)
+
+
+# The last lines of a run
+
+
+@pytest.mark.parametrize(
+    ("file", "passes"), [("report.json", (DROP,)), ("cuts.json", (DROP, Halve()))], ids=["pruned", "converted"]
+)
+def test_a_model_is_whole_though_its_report_cannot_be_written(file, passes, recipe, tmp_path, monkeypatch):
+    write = Path.write_text
+
+    def fail(path, *arguments, **options):
+        if path.name == file:
+            raise OSError(28, "No space left on device")
+        return write(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(
+        OutputError, match=r"report of this run cannot be written: .*No space left.* whole .*lies in "
+    ) as caught:
+        compress(recipe(*passes), tmp_path / "out")
+    assert str(tmp_path / "out.finished") in one_line(caught)
+    assert names(tmp_path) == ["out.finished"]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(names(tmp_path / "out.finished"))
+
+
+# Hooks
+
+
+def test_a_veto_ends_a_run_with_what_it_says(recipe, tmp_path):
+    with pytest.raises(VetoError, match=r"^Not on a Friday\. What was done so far is kept in"):
+        compress(recipe(), tmp_path / "out", hooks=[Hook({"depth": raiser(VetoError("Not on a Friday."))})])
+    assert names(tmp_path) == ["out.unfinished"]
+
+
+class MyError(OptimumPruneError):
+    def __init__(self, number, *, text):
+        super().__init__(f"{text} {number}")
+
+
+def test_a_veto_before_a_later_pass_keeps_what_is_done(recipe, tmp_path):
+    steps, error = (DROP, Archive()), MyError(3, text="No.")
+    with pytest.raises(OptimumPruneError, match=r"^No\. 3 The checkpoint after depth is kept in .*out\.unfinished"):
+        compress(recipe(*steps), tmp_path / "out", hooks=[Hook({"archive": raiser(error)})])
+    assert names(tmp_path) == ["out.unfinished"]
+    compress(recipe(*steps), tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("when", "error"),
+    [
+        ("before", ConnectionError("no network")),
+        ("before", OSError(28, "full")),
+        ("after", SystemExit(0)),
+        ("after", MemoryError()),
+    ],
+    ids=repr,
+)
+def test_a_hook_that_fails_loses_no_run(when, error, recipe, tmp_path, capsys):
+    compress(recipe(), tmp_path / "out", hooks=[Hook(**{when: {"depth": raiser(error)}})])
+    out, said = capsys.readouterr()
+    assert out == ""
+    hook = {"before": "before_pass", "after": "pass_finished"}[when]
+    (line,) = [line for line in said.splitlines() if "hook" in line]
+    assert line.startswith(f"The hook '{hook}' of Hook given as hook 1 ")
+    assert line.endswith("The run goes on without it.")
+    assert names(tmp_path) == ["out"]
+
+
+def test_when_a_pass_is_finished_it_is_too_late_for_a_veto(recipe, tmp_path, capsys):
+    heard = []
+    failing = Hook(after={"archive": raiser(VetoError("Too bad."))})
+    compress(
+        recipe(DROP, Archive()), tmp_path / "out", hooks=[Hook(after={"archive": lambda: heard.append(1)}), failing]
+    )
+    assert "'pass_finished' of Hook given as hook 2 failed: Too bad. The run goes on" in capsys.readouterr().err
+    assert heard == [1]
+
+
+def test_a_hook_changes_nothing_of_the_process(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def change():
+        print("noise")
+        os.chdir("/")
+        os.environ["LOUD"] = "1"
+
+    compress(recipe(), "out", hooks=[Hook({"depth": change}, {"depth": change})])
+    assert capsys.readouterr().out == ""
+    assert (Path.cwd(), "LOUD" in os.environ) == (tmp_path, False)
+    assert names(tmp_path) == ["out"]
+
+
+# What is unfinished
+
+
+@pytest.fixture
+def unfinished(recipe, tmp_path):
+    """The folder that a run left which ended before its last pass."""
+    with pytest.raises(VetoError):
+        compress(recipe(DROP, Archive()), tmp_path / "out", hooks=[Hook({"archive": raiser(VetoError("No."))})])
+    return tmp_path / "out.unfinished"
+
+
+def said_by(recipe, output, capsys):
+    compress(recipe, output, progress=Progress(output=True))
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda state: {**state, "facts": {"passes": [3]}},
+        lambda state: {**state, "facts": {}},
+        lambda state: {**state, "checkpoint": "../elsewhere"},
+        lambda state: {**state, "checkpoint": "2-other"},
+        lambda state: {**state, "files": "0"},
+        lambda state: {**state, "passes": "no"},
+        lambda state: [state],
+    ],
+)
+def test_a_state_of_any_content_is_not_used_and_that_is_said(harm, unfinished, recipe, tmp_path, capsys):
+    state = json.loads((unfinished / "state.json").read_text())
+    (unfinished / "state.json").write_text(json.dumps(harm(state)))
+    said = said_by(recipe(DROP, Archive()), tmp_path / "out", capsys)
+    assert said.count(f"Beginning anew instead of going on from {unfinished}: ") == 1
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_kept_checkpoint_that_was_changed_is_not_used(unfinished, recipe, tmp_path, capsys):
+    os.truncate(unfinished / "1-model" / "model.safetensors", 1000)
+    said = said_by(recipe(DROP, Archive()), tmp_path / "out", capsys)
+    assert "Beginning anew" in said
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_run_that_another_left_unfinished_says_so(unfinished, recipe, tmp_path, capsys):
+    said = said_by(recipe(Depth(drop=(2,)), Archive()), tmp_path / "out", capsys)
+    assert f"Beginning anew instead of going on from {unfinished}: the options of its passes changed.\n" in said
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda folder: os.mkfifo(folder / "state.json"),
+        lambda folder: (folder / "state.json").mkdir(),
+        lambda folder: (folder / "2024-holiday").mkdir(),
+        lambda folder: (folder / "notes.txt").write_text("precious"),
+        lambda folder: (folder / "journal").write_text("precious"),
+        lambda folder: [(folder / "journal").mkdir(), (folder / "journal" / "notes.txt").write_text("precious")],
+        lambda folder: [(folder / "journal").mkdir(), os.mkfifo(folder / "journal" / "begun.json")],
+        lambda folder: [(folder / "journal").mkdir(), os.mkfifo(folder / "journal" / "000000-00.safetensors")],
+        lambda folder: [(folder / "journal").mkdir(), (folder / "journal" / "begun.json").symlink_to("/etc/passwd")],
+    ],
+)
+def test_what_no_run_leaves_there_is_left_alone(harm, recipe, tmp_path):
+    folder = tmp_path / "out.unfinished"
+    folder.mkdir()
+    harm(folder)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutputError, match="left alone") as caught:
+        compress(recipe(), tmp_path / "out")
+    one_line(caught)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# Two runs at once
+
+
+def test_of_two_runs_in_one_process_one_is_done_and_the_other_refused(recipe, tmp_path):
+    started, ended, outcomes = threading.Event(), threading.Event(), []
+
+    def wait():
+        started.set()
+        ended.wait(60)
+
+    def run():
+        compress(recipe(), tmp_path / "out", hooks=[Hook({"depth": wait})])
+        outcomes.append("done")
+
+    first = threading.Thread(target=run)
+    first.start()
+    started.wait(60)
+    with pytest.raises(OutputError, match=rf"process {os.getpid()} on .* is at work there"):
+        compress(recipe(), tmp_path / "out", overwrite=True)
+    ended.set()
+    first.join()
+    assert outcomes == ["done"]
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_a_killed_run_left_on_another_host_is_said_and_removed(recipe, tmp_path, capsys):
+    tiny.save("llama", tmp_path / ".out.partial-elsewhere-17-abc" / "model")
+    (tmp_path / ".out.lock").write_text('{"host": "elsewhere", "process": 17, "number": 3}')
+    said = said_by(recipe(), tmp_path / "out", capsys)
+    assert "Removed .out.partial-elsewhere-17-abc, which a run on another host, that was killed, had left" in said
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_run_that_lost_its_lock_replaces_nothing(recipe, tmp_path):
+    with pytest.raises(
+        OutputError, match=r"taken by another run meanwhile\. What was made is whole, and lies in .*finished"
+    ):
+        compress(recipe(), tmp_path / "out", hooks=[Hook({"depth": (tmp_path / ".out.lock").unlink})])
+    assert names(tmp_path) == ["out.finished", "out.unfinished"]  # which may be the other's by now
