@@ -80,7 +80,9 @@ def test_a_text_that_nobody_can_read_is_refused(bare, tmp_path):
     assert names(tmp_path) == set()
 
 
-@pytest.mark.parametrize("tokenizer", ["gpt2", 5, type(tiny.tokenizer()), lambda text: [1]], ids=str)
+@pytest.mark.parametrize(
+    "tokenizer", ["gpt2", 5, type(tiny.tokenizer()), lambda text: [1]], ids=["name", "number", "class", "function"]
+)
 def test_what_is_no_tokenizer_is_refused(tokenizer, bare):
     with pytest.raises(RecipeError, match="Give one as AutoTokenizer"):
         Pruner.from_pretrained(bare, tokenizer=tokenizer)
@@ -102,7 +104,6 @@ def test_what_is_no_tokenizer_is_refused(tokenizer, bare):
         (["some text"], "which is none|Give both as windows"),
         (3, "which is none|Give both as windows"),
     ],
-    ids=str,
 )
 def test_what_are_no_windows_is_refused(windows, why, tmp_path):
     for given in ({"calibration": windows}, {"calibration": tiny.windows(2), "evaluation": windows}):
