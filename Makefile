@@ -13,7 +13,15 @@ comma := ,
 empty :=
 EXTRAS := $(subst $(empty) $(empty),$(comma),$(PLUGINS))
 
-.PHONY: demo test check check-plugins lint format readme grid clean
+# The oldest versions that pyproject.toml declares and the newest that are published, whatever the constraints say.
+OLDEST ?= .venv-oldest
+NEWEST ?= .venv-newest
+# Exporters want a newer transformers than the core.
+OLDEST_EXPORT ?= .venv-oldest-export
+TINY := tests --ignore tests/test_real_model.py
+ONNX := --editable plugins/onnx
+
+.PHONY: demo test test-versions check check-plugins lint format readme grid clean
 
 # The main job on a real model and real text, both from the package registry.
 demo: $(DEMO)/evaluation.txt
@@ -28,6 +36,12 @@ check: $(VENV)/ready
 
 check-plugins: $(ALL)/ready $(LLM_COMPRESSOR)/ready
 	OPTIMUM_PRUNE_PYTHON_LLM_COMPRESSOR=$(CURDIR)/$(LLM_COMPRESSOR)/bin/python $(ALL)/bin/python -m pytest plugins -n 2 --dist loadfile
+
+# Tests, conformance and one export, on tiny models. With UV_TORCH_BACKEND=cpu, torch comes without what GPUs need, from its own index.
+test-versions: $(OLDEST)/ready $(OLDEST_EXPORT)/ready $(NEWEST)/ready
+	$(OLDEST)/bin/python -m pytest -n auto $(TINY)
+	$(OLDEST_EXPORT)/bin/python -m pytest -n auto tests/conversion plugins/onnx
+	$(NEWEST)/bin/python -m pytest -n auto $(TINY) plugins/onnx
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -71,5 +85,14 @@ $(LLM_COMPRESSOR)/ready:
 	$(LLM_COMPRESSOR)/bin/python -m pip install --quiet llmcompressor==0.14.0.1
 	touch $@
 
+$(OLDEST)/ready: INSTALLED := --resolution lowest-direct --editable '.[test]'
+$(OLDEST_EXPORT)/ready: INSTALLED := --resolution lowest-direct --editable '.[test]' $(ONNX)
+$(NEWEST)/ready: INSTALLED := --upgrade --editable '.[test]' $(ONNX)
+$(OLDEST)/ready $(OLDEST_EXPORT)/ready $(NEWEST)/ready: pyproject.toml plugins/onnx/pyproject.toml
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install --quiet uv
+	$(@D)/bin/uv pip install --quiet --python $(@D)/bin/python $(INSTALLED)
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(ALL) $(LLM_COMPRESSOR) $(DEMO) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ALL) $(LLM_COMPRESSOR) $(OLDEST) $(OLDEST_EXPORT) $(NEWEST) $(DEMO) .mypy_cache .pytest_cache .ruff_cache

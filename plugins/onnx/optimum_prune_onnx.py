@@ -1,8 +1,9 @@
 """ONNX: one graph for ONNX Runtime that reads prompts and single tokens with a cache, in float32, float16 or dynamic int8.
 
 The exporter is that of transformers. Inputs are `input_ids`, `attention_mask`, `position_ids` and the cache, a pair of
-`input.past_key_values.layers.N.keys` and `.values` for each layer with attention, which may have no tokens; outputs are `logits` and
-the cache with the new tokens. Weights are in `model.onnx.data`, so that they may be larger than 2 GB.
+`input.cache.layers.N.keys` and `.values` for each layer with attention, which may have no tokens (`input.past_key_values.layers.N` if
+transformers is older than 5.24); outputs are `logits` and the cache with the new tokens. Weights are in `model.onnx.data`, so that they
+may be larger than 2 GB.
 
 With `quantize: int8`, embeddings and matrix products have weights in 8 bits, one scale for each output channel, and activations are
 rounded when the model runs, with one scale for all (ONNX Runtime's dynamic quantization). The products that read the inner channels of
@@ -120,7 +121,7 @@ class OnnxRuntime(CachedRuntime):
             folder / "model.onnx", options, providers=[*providers, "CPUExecutionProvider"]
         )
         self.names = [each.name for each in self.session.get_inputs()]
-        self.cached = [each for each in self.session.get_inputs() if ".past_key_values." in each.name]
+        self.cached = [each for each in self.session.get_inputs() if ".layers." in each.name]
         self.dtype = dtype
 
     def start(self, windows: int) -> dict[str, Any]:
@@ -159,7 +160,7 @@ session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExe
 cache = {
     each.name: np.zeros((1, int(each.shape[1]), 0, int(each.shape[3])), "float16" if "float16" in each.type else "float32")
     for each in session.get_inputs()
-    if ".past_key_values." in each.name
+    if ".layers." in each.name
 }
 outputs = ["logits", *(name.replace("input.", "output.", 1) for name in cache)]
 
