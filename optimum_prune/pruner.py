@@ -67,7 +67,12 @@ class Pruner:
             return cls(open_source(settings, progress, tokenizer=tokenizer, tokenizer_needed=False), settings)
         model = taken(model_or_path)
         for what, asked, own in (("dtype", dtype, model.dtype), ("device", device, model.device)):
-            if asked not in ("auto", str(own), str(own).removeprefix("torch."), str(own).partition(":")[0]):
+            if str(own) != "meta" and asked not in (
+                "auto",
+                str(own),
+                str(own).removeprefix("torch."),
+                str(own).partition(":")[0],
+            ):
                 raise RecipeError(
                     f"A model in memory is pruned as it is, with the {what} {own}, and {asked} is asked for. Load it so, or leave '{what}' out."
                 )

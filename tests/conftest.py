@@ -19,10 +19,9 @@ from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.hooks.plugins import Plugins, load
 
 torch.set_num_threads(1)
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # as of what a shell runs in the background: tests interrupt runs
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # as of what runs in the background: tests stop runs
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -39,21 +39,22 @@ class _HeadCounts(NamedTuple):
     """Features of a head."""
 
 
-def _count_heads(family: Family, layer: nn.Module) -> _HeadCounts:
+def _count_heads(family: Family, layer: nn.Module, config: PreTrainedConfig) -> _HeadCounts:
     assert family.heads is not None
     size = cast(int, family.module(layer, family.attention).head_dim)
     queries = family.linear(layer, family.attention_output).weight.shape[1] // size
     rows = sum(family.linear(layer, path).weight.shape[0] for path in family.heads.inputs)
     heads = (rows // size - queries) // 2
     if heads < 1 or queries % heads:
-        raise FamilyError(f"{queries} heads cannot share {heads} key-value heads evenly. Mend its config.json.")
+        name = config.name_or_path or type(config).__name__
+        raise FamilyError(f"{name} has {queries} heads for {heads} key-value heads. Mend its config.json.")
     return _HeadCounts(heads, queries // heads, size)
 
 
 def _find_heads(family: Family, layer: nn.Module, config: PreTrainedConfig) -> Axis | None:
     if family.heads is None:
         return None
-    heads, queries, size = _count_heads(family, layer)
+    heads, queries, size = _count_heads(family, layer, config)
     features = {"query": queries * size, "key": size, "value": size}
     members = [
         member
@@ -64,9 +65,8 @@ def _find_heads(family: Family, layer: nn.Module, config: PreTrainedConfig) -> A
         if _has_rows_for_heads(layer, path):
             members.append(Member(f"{path}.weight", 0, (queries if role == "query" else 1,)))
     members.append(_inputs(family, layer, family.attention_output, queries * size))
-    possible = None
-    if family.heads.divide_hidden:
-        possible = tuple(n for n in range(1, heads + 1) if config.hidden_size % (n * queries) == 0)
+    counts = (n for n in range(1, heads + 1) if config.hidden_size % (n * queries) == 0)
+    possible = tuple(counts) if family.heads.divide_hidden else None
     return Axis(
         name="heads",
         units=heads,

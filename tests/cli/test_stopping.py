@@ -78,7 +78,9 @@ def test_what_a_killed_run_leaves_is_no_output_and_is_cleaned_up(started, cli, l
     assert len(left) == 1
     assert left[0].startswith(".out.partial")
     code, _, error = cli("prune", "depth", "--drop", 1, "--output", work / "out", *common(llama, text_file))
-    assert (code, error) == (0, "")
+    assert code == 0
+    assert error == "" or error.startswith("Beginning anew instead of going on from")
+    assert len(error.splitlines()) <= 1
     assert names(work) == ["out"]
 
 
