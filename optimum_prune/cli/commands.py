@@ -26,6 +26,7 @@ from optimum_prune.machine.memory import free_memory
 from optimum_prune.machine.progress import Progress
 from optimum_prune.machine.streams import NotPrintedError, say
 from optimum_prune.options import build, options_of
+from optimum_prune.passes.folder import FolderPass
 from optimum_prune.plan.forecast import forecast
 from optimum_prune.plan.source import ModelSource, device_of, open_source
 from optimum_prune.recipe import Recipe, Settings
@@ -106,7 +107,8 @@ def evaluate(arguments: argparse.Namespace, plugins: Plugins) -> None:
     progress = Progress.for_terminal(arguments.quiet)
     settings = build(Settings, given(arguments, {name: name for name in SETTINGS}), "the command line")
     text = build(Text, given(arguments, {name: name for name in CALIBRATION.values()}), "the command line")
-    source = open_source(settings, progress, quantized=True)
+    exported = settings.model is not None and _writer(settings.model, plugins) is not None
+    source = open_source(settings, progress, quantized=True, weights_needed=not exported)
     if text.samples == 0:
         raise RecipeError("0 windows are asked for, so there is nothing to evaluate. Ask for at least 1.")
     windows = _evaluation_windows(text, source, plugins, progress)
@@ -143,12 +145,17 @@ def _evaluation_windows(text: Text, source: ModelSource, plugins: Plugins, progr
         return processes.broadcast_from_first(lambda: evaluation_windows(text, reader))
 
 
+def _writer(model: str, plugins: Plugins) -> FolderPass | None:
+    """The pass that wrote what a model's name means, if it is a folder that one wrote."""
+    folder = path_of(model)
+    return writer_of(folder, plugins) if folder.is_dir() else None
+
+
 def _measured(
     source: ModelSource, windows: Windows, device: str, plugins: Plugins, progress: Progress
 ) -> tuple[Perplexity, Counts, int]:
     """The perplexity of a model in its own runtime, its parameters, and the bytes of its weights."""
-    folder = path_of(source.name)
-    writer = writer_of(folder, plugins) if folder.is_dir() else None
+    folder, writer = path_of(source.name), _writer(source.name, plugins)
     if writer is not None:
         with guarded(f"The pass '{writer.name}'"):
             measured = perplexity_of_runtime(writer.open(folder, device), windows, progress)

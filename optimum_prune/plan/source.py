@@ -85,6 +85,7 @@ def open_source(
     config_only: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     tokenizer_needed: bool = True,
+    weights_needed: bool = True,
 ) -> ModelSource:
     """The model that settings name, opened.
 
@@ -94,18 +95,18 @@ def open_source(
         config_only: whether nothing but its config is read, and it need have nothing else.
         tokenizer: to be used instead of its own, which it then need not have.
         tokenizer_needed: whether to refuse a model that has none.
+        weights_needed: whether to refuse one that has no weights, as what was exported has none.
 
     Raises:
         RecipeError: they name none; or where its weights are to be, they cannot be.
-        CheckpointError: it cannot be opened.
-        FamilyError: it is of none of the families.
+        CheckpointError: it cannot be opened. A FamilyError: it is of none of the families.
     """
     opened = _opened(settings, families, quantized=quantized)
     device = device_of(settings)
     weights = _weights(opened, settings.dtype)
     _check_offload(settings, opened)
     offloads = stays_on_disk(settings.offload, weights, Room.around(device))
-    if not config_only:
+    if weights_needed and not config_only:
         _check_files(opened, offloads)
         if opened.remark and not quantized:
             progress.say(opened.remark)

@@ -95,7 +95,7 @@ def _with_all_blocks(layer: Mapping[str, Tensor], index: int, config: PreTrained
         zeros |= {"post_attention_layernorm": (hidden,), "mlp.down_proj": (hidden, NOTHING)}
         zeros |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (NOTHING, hidden))
     if "self_attn.q_proj.weight" not in layer:
-        del found["input_layernorm.weight"]
+        found.pop("input_layernorm.weight", None)
         if index == 0:
             zeros |= {"input_layernorm": (hidden,), "self_attn.o_proj": (hidden, size)}
             zeros |= {f"self_attn.{each}_proj": (size, hidden) for each in "qkv"}
