@@ -14,7 +14,10 @@ NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "Can
 
 
 class OptimumPruneError(Exception):
-    """Base of every error that a user can cause and a user can mend."""
+    """Base of every error that a user can cause and a user can mend; what it says is one line, whatever names are in it."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class RecipeError(OptimumPruneError):
@@ -26,7 +29,10 @@ class PluginError(OptimumPruneError):
 
 
 class FamilyError(OptimumPruneError):
-    """An architecture that is unknown, or does not look as its family says."""
+    """An architecture that is unknown, or does not look as its family says; below the first line, the plugin that would describe it."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
 
 
 class TextError(OptimumPruneError):
@@ -77,7 +83,7 @@ def unknown(kind: str, name: object, known: Iterable[str], noun: str = "Known") 
     >>> unknown("pass", "oscar", ["osscar", "depth"], "Installed")
     "No pass is called 'oscar'. Did you mean 'osscar'? Installed: depth, osscar."
     """
-    names, given = sorted(known), cut(str(name), LONGEST_NAME)
+    names, given = sorted(known), printable(cut(str(name), LONGEST_NAME))
     close = get_close_matches(given, names, n=1, cutoff=0.5)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     return f"No {kind} is called '{given}'.{hint} {noun}: {', '.join(names) or 'none'}."
@@ -85,7 +91,10 @@ def unknown(kind: str, name: object, known: Iterable[str], noun: str = "Known") 
 
 def reason(error: BaseException) -> str:
     """The first line of an error's text, as a sentence; or the whole, if that line only introduces the others."""
-    text = str(error).strip() or type(error).__name__
+    try:
+        text = str(error).strip() or type(error).__name__
+    except Exception:  # whatever the error's own code may raise
+        text = type(error).__name__
     line = text.split("\n")[0].strip()
     if line.endswith(":"):
         line = shorten(text, LONGEST_REASON)

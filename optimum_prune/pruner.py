@@ -121,7 +121,7 @@ class Pruner:
             overwrite=overwrite,
             resume=resume,
             hooks=hooks,
-            progress=progress or Progress.for_terminal(),
+            progress=Progress.for_terminal() if progress is None else progress,
         )
         return path_of(save_dir)
 

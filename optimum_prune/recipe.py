@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -139,7 +139,10 @@ class Recipe:
 
     def _check_kinds(self) -> None:
         """Refuses parts of another kind than their own, and takes any sequence of passes for a tuple."""
-        passes = tuple(self.passes) if isinstance(self.passes, Iterable) else (self.passes,)
+        try:
+            passes = tuple(self.passes)
+        except TypeError:  # no sequence, which is said below
+            passes = (self.passes,)  # type: ignore[assignment]
         kinds: list[tuple[type, object]] = [(Pass, step) for step in passes]
         kinds += [(Text, self.calibration), (Text, self.evaluation), (Settings, self.settings)]
         for kind, part in kinds:

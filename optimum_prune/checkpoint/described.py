@@ -31,6 +31,24 @@ def check_plain(plain: Mapping[str, Any], model: str, trust_remote_code: bool) -
         check_implementations(plain, model)
 
 
+def check_config_of(model: str, trust_remote_code: bool, **where: Any) -> None:
+    """Refuses the config of a folder or Hub id by what its file says; one that cannot be read is for whoever loads it.
+
+    Args:
+        where: which of several versions of it, as `from_pretrained` takes it.
+
+    Raises:
+        CheckpointError: there is something in it that is not to be.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        plain, _ = PreTrainedConfig.get_config_dict(model, **where)
+    except Exception:  # transformers raises many kinds
+        return
+    check_plain(plain, model, trust_remote_code)
+
+
 def refuse_quantized(config: Mapping[str, Any], model: str) -> None:
     """Refuses the config of packed weights, which cannot be cut.
 

@@ -12,6 +12,7 @@ import torch
 from optimum_prune.anatomy.counts import count_parameters
 from optimum_prune.checkpoint.adapters import ADAPTERS, refuse_adapter, refuse_adapter_weights
 from optimum_prune.checkpoint.boundary import check_folder
+from optimum_prune.checkpoint.described import check_config_of
 from optimum_prune.checkpoint.generation import generation_config_of
 from optimum_prune.checkpoint.opening import Checkpoint, meta_model
 from optimum_prune.checkpoint.quiet import quietly
@@ -25,6 +26,7 @@ from optimum_prune.errors import (
     found_no_memory,
     reason,
 )
+from optimum_prune.machine.given_files import is_there, named
 from optimum_prune.machine.progress import Progress
 from optimum_prune.machine.tensor_files import weight_files
 
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 PROBLEMS = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
 """What transformers calls the weights that do not fit a config, and what we do."""
 
+WHERE = ("revision", "subfolder", "token", "cache_dir", "gguf_file")
+"""Arguments of `from_pretrained` that say which config is read."""
 MUCH_MORE = 2
 """Times as many weights as there are in its files are described by a config that is not theirs."""
 
@@ -132,14 +136,18 @@ def load_model(model: str | Path, **arguments: Any) -> PreTrainedModel:
     Raises:
         CheckpointError: weights that cannot be read, or are missing; or files that lie outside of the folder.
     """
+    folder = named(model, "model")
     refusal = Refusal(
         CheckpointError, f"The weights of {model} cannot be read", f"The checkpoint {model} does not fit its config"
     )
     arguments = {"dtype": "auto", "trust_remote_code": False, **arguments}
-    if Path(model).is_dir():
-        refuse_adapter([name for name in ADAPTERS if (Path(model) / name).exists()], str(model))
-        check_folder(Path(model), code=bool(arguments["trust_remote_code"]))
+    trusted = bool(arguments["trust_remote_code"])
+    if is_there(folder) and folder.is_dir():
+        model = folder
+        refuse_adapter([name for name in ADAPTERS if (folder / name).exists()], str(model))
+        check_folder(folder, code=trusted)
     with quietly():
+        check_config_of(str(model), trusted, **{name: arguments[name] for name in WHERE if name in arguments})
         return _loaded(model, arguments, refusal)
 
 

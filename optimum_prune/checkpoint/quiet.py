@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -29,10 +29,14 @@ def quietly() -> Iterator[None]:
 
 @contextmanager
 def in_float32() -> Iterator[None]:
-    """Lets torch take float32 where no dtype is named, for the time of a `with`, whatever a process has set."""
+    """Lets torch take float32 where no dtype is named, and the dtypes as they are, for the time of a `with`, whatever a process has set."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        yield
+        with ExitStack() as stack:
+            for device in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            yield
     finally:
         torch.set_default_dtype(before)

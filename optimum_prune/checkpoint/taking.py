@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from optimum_prune.checkpoint.adapters import MERGE
 from optimum_prune.errors import CheckpointError
@@ -25,7 +26,7 @@ def taken(model: Any) -> PreTrainedModel:
     Raises:
         CheckpointError: it is none, or none that can be pruned as it is.
     """
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     while type(model).__name__ in WRAPPERS and type(model).__module__.startswith("torch."):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module
@@ -36,8 +37,11 @@ def taken(model: Any) -> PreTrainedModel:
             f"What is given is of the class {name}, which is no model of transformers. Give one as AutoModelForCausalLM.from_pretrained returns it, or the "
             f"name of a folder."
         )
+    if not isinstance(model.config, PreTrainedConfig):
+        raise CheckpointError(f"{name} has no config, so it cannot be saved. Load it with from_pretrained.")
     _refuse_quantized(model, name)
     _refuse_compiled(model, name)
+    _refuse_derived(model, name)
     if any(value.is_inference() for value in model.parameters()):
         raise CheckpointError(
             f"{name} was made within torch.inference_mode(), and its weights cannot be changed any more. Load it outside of that."
@@ -47,6 +51,7 @@ def taken(model: Any) -> PreTrainedModel:
             f"{name} predicts no tokens, so nothing says what pruning it would cost. Load it with AutoModelForCausalLM; what it has "
             f"instead of a language model's head can be trained again afterwards."
         )
+    _refuse_shared(model, name)
     model.config.return_dict = True  # or what it puts out would be a tuple, in which nobody finds the logits
     return model
 
@@ -100,3 +105,32 @@ def _refuse_compiled(model: nn.Module, name: str) -> None:
                 f"{name} is compiled{f' at {path}' if path else ''}, so it would go on computing what it was before. Prune it first, and "
                 f"compile what comes of it."
             )
+
+
+def _refuse_derived(model: nn.Module, name: str) -> None:
+    """Refuses weights that are computed from others, which a cut of them would not change."""
+    for path, module in model.named_modules():
+        others = [each.rpartition("_")[0] for each in module._parameters if each.endswith(("_orig", "_g"))]
+        kept = [each for each in others if hasattr(module, each) and each not in module._parameters]
+        if kept or parametrize.is_parametrized(module):
+            raise CheckpointError(
+                f"The weights of {name} at {path} are computed from others, as weight_norm and the masks of torch.nn.utils.prune do. Make them "
+                f"plain weights first, with torch.nn.utils.parametrize.remove_parametrizations or torch.nn.utils.prune.remove."
+            )
+
+
+def _refuse_shared(model: PreTrainedModel, name: str) -> None:
+    """Refuses a weight that two modules share, but for embeddings: no checkpoint says that of another."""
+    known = {
+        id(value)
+        for each in (model.get_input_embeddings(), model.get_output_embeddings())
+        for value in each.parameters()
+    }
+    seen: dict[int, str] = {}
+    for path, value in model.named_parameters(remove_duplicate=False):
+        if id(value) in seen and id(value) not in known:
+            raise CheckpointError(
+                f"The weights '{seen[id(value)]}' and '{path}' of {name} are one and the same, which no checkpoint can say. Give each module its "
+                f"own copy, such as with copy.deepcopy."
+            )
+        seen[id(value)] = path

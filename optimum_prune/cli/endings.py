@@ -101,5 +101,7 @@ class Ending:
 
 
 def _interrupted(error: BaseException) -> bool:
-    """Whether an error is what became of a signal to stop."""
-    return isinstance(error, KeyboardInterrupt) or (interrupts.came() and not isinstance(error, OptimumPruneError))
+    """Whether an error is what became of a signal to stop; also where that broke an import, and what imports was blamed for it."""
+    if isinstance(error, KeyboardInterrupt) or not interrupts.came():
+        return isinstance(error, KeyboardInterrupt)
+    return not isinstance(error, OptimumPruneError) or isinstance(error.__cause__, ImportError)

@@ -19,7 +19,7 @@ import pluggy
 from optimum_prune.anatomy.axes import HIDDEN, KINDS
 from optimum_prune.anatomy.axis import AxisKind
 from optimum_prune.anatomy.family import Family
-from optimum_prune.errors import PluginError, unknown
+from optimum_prune.errors import PluginError, shown, unknown
 from optimum_prune.hooks import hookspecs
 from optimum_prune.hooks.fitting import check_pass, why_not_imported
 from optimum_prune.hooks.marker import PROJECT
@@ -77,6 +77,12 @@ def load(hooks: Iterable[object] = ()) -> Plugins:
         PluginError: a plugin that fails to import, has a hook that does not exist or none at all, or offers a name that is
             taken. The message names the plugin, or both.
     """
+    try:
+        hooks = tuple(hooks)
+    except TypeError as error:
+        raise PluginError(
+            f"The hooks are given as {shown(hooks)}, which is no list. Give a list of objects."
+        ) from error
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
     providers: dict[str, Provider] = {}

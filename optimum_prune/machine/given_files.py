@@ -6,6 +6,8 @@ import os
 import stat
 from pathlib import Path
 
+from optimum_prune.errors import RecipeError, shown
+
 PIPES = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 """Where the system shows what a shell connected: a pipe there ends, and one with a name of its own may never."""
 
@@ -17,6 +19,22 @@ def path_of(name: str | os.PathLike[str]) -> Path:
         return path.expanduser()
     except RuntimeError:  # no home folder is known: it is a name like any other
         return path
+
+
+def named(given: object, what: str) -> Path:
+    """The path that is given to a function of the library.
+
+    Args:
+        what: is called so, for the message.
+
+    Raises:
+        RecipeError: something else is given.
+    """
+    if not isinstance(given, (str, os.PathLike)):
+        raise RecipeError(
+            f"The {what} is given as {shown(given)}, which is no name of a folder. Give its name as a text or a Path."
+        )
+    return path_of(given)
 
 
 def is_there(path: Path) -> bool:

@@ -36,7 +36,10 @@ def plain_evidence(given: Mapping[Any, Any], of: str) -> Evidence:
     """
     if not isinstance(given, Mapping):
         raise PassError(f"The pass '{of}' gives as evidence a {type(given).__name__}. Give a mapping with names.")
-    return {_key(name, of): _plain(value, str(name), of) for name, value in given.items()}
+    try:
+        return {_key(name, of): _plain(value, str(name), of) for name, value in given.items()}
+    except RecursionError as error:
+        raise _refused("lists or mappings that lie in one another without end", str(next(iter(given))), of) from error
 
 
 def _plain(value: Any, where: str, of: str) -> Json:

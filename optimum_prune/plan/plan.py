@@ -116,5 +116,6 @@ def _windows(recipe: Recipe, texts: Texts | None, limit: int) -> tuple[Wanted, W
     """Number and length of the windows to choose by and to report on, as they are given or asked for."""
     if texts is None:
         return window_counts(recipe.calibration, recipe.evaluation, limit)
+    texts.check(limit)
     chosen, reported = texts.calibration, texts.evaluation or texts.calibration.part(slice(0))
     return Wanted(len(chosen), chosen.length), Wanted(len(reported), reported.length)

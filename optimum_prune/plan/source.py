@@ -220,7 +220,8 @@ def device_of(settings: Settings) -> str:
         found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         return str(found) if found is not None else "cpu"
     try:
-        torch.empty(0, device=settings.device)
+        if torch.empty(0, device=settings.device).is_meta:
+            raise ValueError("it computes nothing")
     except (RuntimeError, AssertionError, ValueError) as error:
         raise RecipeError(
             f"The device '{settings.device}' cannot be used: {reason(error)} Use cpu, or a device that torch sees here."

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from optimum_prune.checkpoint.verification import Verification
 from optimum_prune.errors import CheckpointError, printable, reason
 from optimum_prune.evaluation.perplexity import Perplexity
+from optimum_prune.machine.given_files import named
 from optimum_prune.machine.versions import installed_versions
 from optimum_prune.passes.evidence import Json
 from optimum_prune.passes.outcome import Outcome
@@ -128,7 +129,7 @@ class Report:
         """
         try:
             return cls.from_dict(json.loads(text), json.loads(cuts))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"This is no report as a run writes it: {type(error).__name__}: {reason(error)} Name an output folder with the {REPORT} and "
                 f"the {CUTS.name} that the run left there."
@@ -141,9 +142,10 @@ class Report:
         Raises:
             CheckpointError: it is not there, or damaged.
         """
+        folder = named(folder, "output folder")
         try:
-            text, cuts = ((Path(folder) / file).read_text(encoding="utf-8") for file in (REPORT, CUTS))
-        except (OSError, UnicodeDecodeError) as error:
+            text, cuts = ((folder / file).read_text(encoding="utf-8") for file in (REPORT, CUTS))
+        except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{folder} has no {REPORT} with the {CUTS.name} that belongs to it. Name a folder as a run left it."
             ) from error

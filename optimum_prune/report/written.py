@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from optimum_prune.anatomy.counts import Counts
 from optimum_prune.conversion.interpreter import variable_of
 from optimum_prune.errors import CheckpointError, OptimumPruneError, printable
 from optimum_prune.hooks.plugins import Plugins
 from optimum_prune.machine import strict_yaml
+from optimum_prune.machine.given_files import beginning, flaw
 from optimum_prune.passes.base import Stage
 from optimum_prune.passes.folder import FolderPass
 from optimum_prune.recipe import Recipe, pass_from
@@ -102,20 +101,21 @@ def counts_of(folder: Path) -> Counts:
     """
     for output in (folder.absolute(), folder.absolute().parent):
         if (output / REPORT).is_file():
-            report = Report.from_json((output / REPORT).read_text(encoding="utf-8"))
+            report = Report.from_json((output / REPORT).read_text(encoding="utf-8", errors="replace"))
             return Counts(report.parameters.after, report.non_embedding_parameters.after)
     raise CheckpointError(f"{folder} has no {REPORT} beside it. Name a folder as a run left it.")
 
 
 def _passes(output: Path, plugins: Plugins) -> list[FolderPass]:
     """The passes from folder to folder of the recipe in an output folder, as far as they are installed."""
+    file = output / RECIPE
     try:
-        recipe = yaml.safe_load((output / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        recipe = None if flaw(file) else strict_yaml.load(beginning(file, strict_yaml.LONGEST + 1))
+    except (OSError, strict_yaml.StrictYamlError):  # of somebody else's making
         return []
     found: list[FolderPass] = []
-    steps: list[Any] = recipe.get("passes", []) if isinstance(recipe, dict) else []
-    for plain in steps:
+    steps = recipe.get("passes") if isinstance(recipe, dict) else None
+    for plain in steps if isinstance(steps, list) else ():
         try:
             step = pass_from(plain, plugins)
         except OptimumPruneError:  # not installed, or of another version

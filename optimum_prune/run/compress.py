@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from optimum_prune.checkpoint.opening import length_limit
 from optimum_prune.checkpoint.quiet import in_float32
 from optimum_prune.conversion.interpreter import check_environment
-from optimum_prune.errors import OutputError, RecipeError, reason
+from optimum_prune.errors import OutputError, RecipeError, reason, shown
 from optimum_prune.hooks.plugins import Plugins
 from optimum_prune.hooks.plugins import load as load_plugins
 from optimum_prune.machine import interrupts, processes
-from optimum_prune.machine.given_files import path_of
+from optimum_prune.machine.given_files import named
 from optimum_prune.machine.memory import Meter, give_back
 from optimum_prune.machine.progress import Progress
 from optimum_prune.plan.checks import check_disk, check_texts
@@ -61,7 +61,7 @@ def compress(
         OptimumPruneError: whatever a user can mend; then there is no output folder. What was finished by then is kept beside it if
             the same run, or its later passes mended, can go on from there; the message says where.
     """
-    output = path_of(output)
+    output = _named_output(output, {Recipe: recipe}, {ModelSource: source, Texts: texts, Progress: progress})
     progress = progress if progress is not None and processes.first() else Progress()
     plugins = load_plugins(hooks)
     _check(recipe, output, overwrite)
@@ -79,6 +79,21 @@ def compress(
         if processes.first():
             report = _write_report(run, report, output)
     return processes.broadcast_from_first(lambda: report)
+
+
+def _named_output(output: object, needed: Mapping[type, object], other: Mapping[type, object]) -> Path:
+    """The output folder that is given, when all that is given with it is of its class.
+
+    Args:
+        other: may be None.
+
+    Raises:
+        RecipeError: something is of another class.
+    """
+    for kind, given in (*needed.items(), *((kind, given) for kind, given in other.items() if given is not None)):
+        if not isinstance(given, kind):
+            raise RecipeError(f"{shown(given)} is given where a {kind.__name__} should be. Give one.")
+    return named(output, "output")
 
 
 def _check(recipe: Recipe, output: Path, overwrite: bool) -> None:

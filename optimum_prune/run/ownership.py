@@ -6,10 +6,12 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from optimum_prune.checkpoint.companions import TEMPLATES, belongs_beside
 from optimum_prune.errors import OutputError
 
 CHECKPOINT = re.compile(
@@ -17,10 +19,17 @@ CHECKPOINT = re.compile(
     r"|pytorch_model.*\.bin|pytorch_model.*\.index\.json|.*\.gguf"
     r"|tokenizer.*\.json|tokenizer\.model|tekken\.json|.*\.tiktoken|spiece\.model|sentencepiece.*\.model"
     r"|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|chat_template\..*"
-    r"|(pre|video_pre)?processor_config\.json|modeling_pruned\.py|(modeling|configuration|tokenization|processing)_\w+\.py"
-    r"|quant(iz|o|ization)[\w.-]*\.json|recipe\.yaml|\.DS_Store"
+    r"|(pre|video_pre)?processor_config\.json|quant(iz|o|ization)[\w.-]*\.json|\.DS_Store"
 )
-"""Names of files that checkpoints consist of."""
+"""Names of files that checkpoints consist of, beside code, whose names its config says, and companions."""
+WEIGHTS = (".safetensors", ".bin", ".gguf")
+QUANTIZED = "recipe.yaml"
+"""In a checkpoint of packed weights: how llm-compressor made it."""
+NAMED_MODULE = re.compile(r"(?:.*--)?([A-Za-z_]\w*)\.\w+")
+"""What `auto_map` says: a module of the folder, and what is in it."""
+IMPORTED = re.compile(r"^\s*from\s+\.(\w+)\s+import|^\s*from\s+\.\s+import\s+(\w+)", re.MULTILINE)
+ARTEFACT = re.compile(r"[A-Za-z0-9][\w-]*")
+"""The name of an exporter, which its folder has."""
 ASIDE = "compression"
 REPORTS = ("recipe.yaml", "report.json", "report.html", "cuts.json")
 """In the folder `compression`."""
@@ -84,32 +93,79 @@ def _lies_in(path: Path, folder: Path) -> bool:
 def foreign(folder: Path) -> list[str]:
     """The entries of a folder that are neither a checkpoint's nor from a run of ours; all, if it is neither's."""
     entries = sorted(folder.iterdir())
-    report = _report(folder)
-    if report is None and entries and not (folder / "config.json").is_file():
+    report, config = _report(folder), _mapping(folder / "config.json")
+    weights = any(entry.suffix in WEIGHTS for entry in entries)
+    if report is None and entries and not (weights and {"model_type", "architectures"} & config.keys()):
         return [entry.name for entry in entries]
-    artefacts = {step.get("name") for step in report["passes"] if isinstance(step, dict)} if report else set()
+    artefacts, code = _artefacts(report or {}), _code(folder)
     found = []
     for entry in entries:
         if entry.is_symlink():
             found.append(entry.name)
         elif entry.is_dir():
             if report is not None and entry.name == ASIDE:
-                found += [f"{ASIDE}/{each.name}" for each in sorted(entry.iterdir()) if each.name not in REPORTS]
+                found += _strange(entry, lambda name: name in REPORTS)
+            elif entry.name == TEMPLATES:
+                found += _strange(entry, lambda name: name.endswith(".jinja"))
             elif entry.name not in artefacts:
                 found.append(f"{entry.name}/")
-        elif not entry.is_file() or not CHECKPOINT.fullmatch(entry.name):
+        elif not entry.is_file() or not (
+            CHECKPOINT.fullmatch(entry.name)
+            or belongs_beside(entry.name)
+            or entry.name in code
+            or (entry.name == QUANTIZED and "quantization_config" in config)
+        ):
             found.append(entry.name)
+    return found
+
+
+def _strange(folder: Path, known: Callable[[str], bool]) -> list[str]:
+    """The entries of a folder within another that are no files of a known name."""
+    return [
+        f"{folder.name}/{each.name}"
+        for each in sorted(folder.iterdir())
+        if each.is_symlink() or not each.is_file() or not known(each.name)
+    ]
+
+
+def _artefacts(report: Mapping[str, Any]) -> set[str]:
+    """The folders of what a run exported, by its report."""
+    steps = [step for step in report.get("passes", ()) if isinstance(step, dict) and step.get("stage") == "EXPORT"]
+    names = {str(step.get("name")) for step in steps}
+    return {name for name in names if ARTEFACT.fullmatch(name)}
+
+
+def _code(folder: Path) -> set[str]:
+    """The files of a checkpoint's own code: those that its JSON files name, and what these import of their like."""
+    named = [_mapping(file).get("auto_map") for file in sorted(folder.glob("*config.json"))]
+    values = [value for each in named if isinstance(each, dict) for value in each.values()]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    ahead = [match[1] for match in map(NAMED_MODULE.fullmatch, map(str, names)) if match]
+    found: set[str] = set()
+    while ahead:
+        file = f"{ahead.pop()}.py"
+        if file in found:
+            continue
+        found.add(file)
+        with suppress(OSError, ValueError):
+            text = (folder / file).read_text(encoding="utf-8") if (folder / file).is_file() else ""
+            ahead += [match[1] or match[2] for match in IMPORTED.finditer(text)]
     return found
 
 
 def _report(folder: Path) -> dict[str, Any] | None:
     """The report in an output folder, if it is one of ours."""
+    plain = _mapping(folder / ASIDE / "report.json")
+    return plain if isinstance(plain.get("passes"), list) and "verified" in plain else None
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing if it cannot be read, or is something else."""
     try:
-        plain = json.loads((folder / ASIDE / "report.json").read_text(encoding="utf-8"))
+        plain = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError, RecursionError):
-        return None
-    fits = isinstance(plain, dict) and isinstance(plain.get("passes"), list) and "verified" in plain
-    return plain if fits else None
+        return {}
+    return plain if isinstance(plain, dict) else {}
 
 
 def check_unfinished(folder: Path) -> None:
@@ -129,7 +185,8 @@ def check_unfinished(folder: Path) -> None:
         why = "is another user's"
     else:
         try:
-            strange = [entry.name for entry in sorted(folder.iterdir()) if not _is_staged(entry)]
+            named = _mapping(folder / "state.json").get("checkpoint")
+            strange = [entry.name for entry in sorted(folder.iterdir()) if not _is_staged(entry, named)]
         except OSError as error:
             strange, why = [], f"cannot be looked through ({error.strerror})"
         if strange:
@@ -140,12 +197,16 @@ def check_unfinished(folder: Path) -> None:
         )
 
 
-def _is_staged(entry: Path) -> bool:
-    """Whether an entry of a folder for what is unfinished is one that a run leaves there."""
+def _is_staged(entry: Path, named: object) -> bool:
+    """Whether an entry of a folder for what is unfinished is one that a run leaves there.
+
+    Args:
+        named: the checkpoint that its state names; another one, which a kill left unnamed, holds nothing else.
+    """
     mode = entry.lstat().st_mode
     fits = any(name.fullmatch(entry.name) and kind(mode) for name, kind in STAGED.items())
     if not fits or not entry.is_dir():
         return fits
     if entry.name != "journal":
-        return (entry / "config.json").is_file()
+        return (entry / "config.json").is_file() and (entry.name == named or not foreign(entry))
     return all(JOURNALED.fullmatch(each.name) and stat.S_ISREG(each.lstat().st_mode) for each in entry.iterdir())

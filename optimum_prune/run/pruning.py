@@ -21,7 +21,7 @@ from optimum_prune.passes.prune import PrunePass
 from optimum_prune.plan.checks import foreseen
 from optimum_prune.run.journal import journal_of
 from optimum_prune.run.models import Models
-from optimum_prune.run.untouched import Untouched
+from optimum_prune.run.untouched import Untouched, only_looked_at
 from optimum_prune.surgery import operation
 from optimum_prune.surgery.config import sync_config
 from optimum_prune.surgery.cuts import Cuts, Decision
@@ -46,12 +46,10 @@ def prune(
     Raises:
         SurgeryError: the model's shape is not what the pass foresaw.
     """
-    if processes.first():
-        before_pass(plugins, step, decoder.model, calibration.progress)
-    weights = None
-    if models is not None:
-        models.check()
-        weights = models.weights
+    weights = None if models is None else models.weights
+    with only_looked_at(decoder.model, step.name, models):
+        if processes.first():
+            before_pass(plugins, step, decoder.model, calibration.progress)
     before, untouched = decoder.shape(), None if weights is not None else Untouched(decoder.model)
     cuts, evidence, decided = Cuts(), [], set[str]()
     journal, decide = journal_of(calibration), partial(_decisions, step, decoder, calibration)
@@ -69,6 +67,7 @@ def prune(
         if untouched is not None:
             untouched.check(step.name, decided)
         sync_config(decoder)
+        decoder.model.eval()  # whatever the pass left it in
     _check_foreseen(step, before, decoder.shape())
     outcome = Outcome(step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, cuts, tuple(evidence))
     if processes.first():

@@ -23,6 +23,7 @@ from optimum_prune.passes.recover import RecoverPass
 from optimum_prune.run.fingerprints import tensor_fingerprint
 from optimum_prune.run.journal import journal_of
 from optimum_prune.run.models import Models
+from optimum_prune.run.untouched import only_looked_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,9 +41,9 @@ def recover(
         SurgeryError: the pass changed more than values.
         NumericalError: a value is not finite.
     """
-    if processes.first():
-        before_pass(plugins, step, decoder.model, calibration.progress)
-    models.check()
+    with only_looked_at(decoder.model, step.name, models):
+        if processes.first():
+            before_pass(plugins, step, decoder.model, calibration.progress)
     journal, carry_out = journal_of(calibration), partial(_recovered, step, decoder, calibration, models)
     with Meter() as meter:
         found = carry_out() if journal is None else journal.result(step.name, carry_out)

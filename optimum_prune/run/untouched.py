@@ -1,17 +1,20 @@
-"""Whether a pass that is to decide has changed the model itself."""
+"""Whether a pass that is to decide, or a hook that is to look, has changed the model itself."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from optimum_prune.errors import PassError
+from optimum_prune.errors import PassError, PluginError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+    from optimum_prune.run.models import Models
 
 SAMPLES = 32
 """Elements of a parameter that are compared."""
@@ -56,12 +59,60 @@ class Untouched:
             parameter = seen.parameter()
             if parameter is None or id(parameter) not in there or seen.name in decided:
                 continue
-            same = (parameter.data_ptr(), parameter._version) == (seen.address, seen.version)
-            if not same or not torch.equal(_sample(parameter), seen.sample):
+            if _changed(parameter, seen):
                 raise PassError(
                     f"The pass '{step}' changed the weight '{seen.name}' of the model itself. A pass that prunes yields its new values in a "
                     f"Decision, and optimum-prune puts them in; so mend the pass, or make it a RecoverPass."
                 )
+
+    def check_looked_at(self, step: str) -> None:
+        """Refuses a model that a hook has changed, which may not even put a parameter in the place of another.
+
+        Args:
+            step: the pass that the hook heard of.
+
+        Raises:
+            PluginError: naming the first weight.
+        """
+        there = dict(self._model.named_parameters())
+        changed = [
+            seen.name
+            for seen in self._seen
+            if (parameter := there.pop(seen.name, None)) is None
+            or parameter is not seen.parameter()
+            or _changed(parameter, seen)
+        ]
+        if changed := [*changed, *there]:
+            raise PluginError(
+                f"A hook changed the weight '{changed[0]}' of the model before the pass '{step}', where it may only look. Mend the hook, or "
+                f"make it a pass."
+            )
+
+
+@contextmanager
+def only_looked_at(model: nn.Module, step: str, models: Models | None) -> Iterator[None]:
+    """Refuses what hooks change of a model's weights within a `with`, where they may only look; it is in evaluation mode behind it.
+
+    Args:
+        step: the pass that they hear of.
+        models: where the weights are from, and lie: those on disk are not looked through.
+
+    Raises:
+        PluginError: naming the first weight.
+    """
+    check = models.check if models is not None else lambda: None
+    check()
+    untouched = None if models is not None and models.weights is not None else Untouched(model)
+    yield
+    check()
+    if untouched is not None:
+        untouched.check_looked_at(step)
+    model.eval()
+
+
+def _changed(parameter: Tensor, seen: _Seen) -> bool:
+    same = (parameter.data_ptr(), parameter._version) == (seen.address, seen.version)
+    return not same or not torch.equal(_sample(parameter), seen.sample)
 
 
 def _sample(value: Tensor) -> Tensor:

@@ -11,7 +11,10 @@ from torch.testing import assert_close
 
 from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.calibration.calibration import Calibration
+from optimum_prune.checkpoint.taking import taken
+from optimum_prune.errors import RecipeError, shown
 from optimum_prune.hooks.plugins import Plugins, load
+from optimum_prune.machine.given_files import named
 from optimum_prune.passes.outcome import Outcome
 from optimum_prune.passes.prune import PrunePass
 from optimum_prune.run.pruning import prune
@@ -43,6 +46,11 @@ def check_pass(step: PrunePass, model: PreTrainedModel, folder: Path) -> Outcome
         AssertionError: it does not.
         OptimumPruneError: it cannot be carried out on this model.
     """
+    if isinstance(step, type) or not hasattr(step, "decide"):
+        raise RecipeError(
+            f"{shown(step)} is given where a pass should be. Give one with its options, such as Depth(layers=1)."
+        )
+    model, folder = taken(model), named(folder, "folder")
     plugins = load()
     windows = random_windows(model.config.get_text_config().vocab_size)
     decoder, again = (Decoder.of(copy.deepcopy(model).eval(), plugins.families) for _ in range(2))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from optimum_prune.errors import TextError
+from optimum_prune.errors import TextError, shown
 from optimum_prune.machine.processes import rank, size
 
 if TYPE_CHECKING:
@@ -32,7 +32,15 @@ class Windows:
     def from_tokens(
         cls, tokens: Int[Tensor, "windows length"], source: str = "given tokens", bos: bool = False
     ) -> Windows:
-        """Windows without padding."""
+        """Windows without padding.
+
+        Raises:
+            TextError: the tokens are no tensor.
+        """
+        if not isinstance(tokens, Tensor):
+            raise TextError(
+                f"The tokens are given as {shown(tokens)}, which is no tensor. Give one, such as tokenizer(text, return_tensors='pt').input_ids."
+            )
         return cls(tokens, torch.ones_like(tokens, dtype=torch.bool), source, bos)
 
     def check(self, longest: int) -> None:
@@ -46,7 +54,11 @@ class Windows:
         """
         tokens, mask = self.tokens, self.mask
         flaw = ""
-        if not isinstance(tokens, Tensor) or tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
+        if not isinstance(self.source, str):
+            flaw = f"are from {shown(self.source)}, which is no text"
+        elif not isinstance(tokens, Tensor) or tokens.is_meta or tokens.layout != torch.strided:
+            flaw = "are no tensor that holds them one beside the other"
+        elif tokens.ndim != 2 or tokens.dtype not in (torch.int64, torch.int32):
             flaw = "are no matrix of whole numbers, a row for each window"
         elif not isinstance(mask, Tensor) or mask.shape != tokens.shape or mask.dtype != torch.bool:
             flaw = "have a mask that does not say true or false of each token"
@@ -108,3 +120,17 @@ class Texts:
 
     calibration: Windows
     evaluation: Windows | None
+
+    def check(self, longest: int) -> None:
+        """Refuses what are no windows that a model can be run on, as `Windows.check` does.
+
+        Raises:
+            TextError: they are none.
+        """
+        for windows in (self.calibration, self.evaluation):
+            if isinstance(windows, Windows):
+                windows.check(longest)
+            elif windows is not None or self.calibration is None:
+                raise TextError(
+                    f"{shown(windows)} is given where windows of tokens should be. Make them with Windows.from_tokens(tokens)."
+                )

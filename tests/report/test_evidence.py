@@ -77,3 +77,10 @@ def test_an_outcome_has_its_evidence_as_the_pass_gave_it():
     given = {"scores": {3: 0.5}}
     assert outcome(given).evidence == (given,)
     assert outcome(given).to_plain()["decisions"] == [{"scores": {"3": 0.5}}]
+
+
+def test_evidence_that_holds_itself_is_refused():
+    evidence = {"name": []}
+    evidence["name"].append(evidence)
+    with pytest.raises(PassError, match=r"at 'name', lists or mappings that lie in one another without end"):
+        plain_evidence(evidence, "mine")

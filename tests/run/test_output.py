@@ -79,7 +79,8 @@ def test_a_failure_leaves_nothing(error, tmp_path, output):
 
 
 def test_a_failure_leaves_what_was_to_be_replaced(tmp_path, output):
-    model_folder(output)
+    (model_folder(output) / "compression").mkdir()
+    (output / "compression" / "report.json").write_text('{"passes": [], "verified": {}}')
     with pytest.raises(ValueError, match="mine"):
         write(output, overwrite=True, then=lambda: break_off(ValueError("mine")))
     assert names(tmp_path) == ["out"]
@@ -96,6 +97,8 @@ def test_an_existing_output_is_refused_and_kept(tmp_path, output):
 
 def test_an_existing_output_is_replaced_as_a_whole(tmp_path, output):
     (model_folder(output) / "model.safetensors").write_text("old")
+    (output / "compression").mkdir()
+    (output / "compression" / "report.json").write_text('{"passes": [], "verified": {}}')
     with hidden_output(output, overwrite=True) as hidden:
         (hidden.result / "config.json").write_text("new")
         assert (output / "config.json").read_text() == "old"

@@ -23,7 +23,7 @@ def ours(checkpoint) -> Path:
     for name in ("recipe.yaml", "cuts.json"):
         (checkpoint / "compression" / name).write_text("")
     (checkpoint / "onnx").mkdir()
-    report = {"passes": [{"name": "depth"}, {"name": "onnx"}], "verified": {}}
+    report = {"passes": [{"name": "depth"}, {"name": "onnx", "stage": "EXPORT"}], "verified": {}}
     (checkpoint / "compression" / "report.json").write_text(json.dumps(report))
     (checkpoint / "README.md").write_text("")
     return checkpoint
@@ -48,6 +48,58 @@ def test_what_a_person_put_there_is_named_and_stays(name, of_a_run, request):
     with pytest.raises(OutputError, match=f"{name}.*would be lost"):
         check_replaceable(folder)
     assert (folder / name).exists()
+
+
+def test_a_config_of_something_else_makes_no_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text('{"eslint": 1}')
+    for name in ("README.md", "recipe.yaml", "activations.safetensors"):
+        (tmp_path / name).write_text("precious")
+    assert foreign(tmp_path) == ["README.md", "activations.safetensors", "config.json", "recipe.yaml"]
+
+
+def test_a_config_without_weights_makes_no_checkpoint(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    assert "config.json" in foreign(checkpoint)
+
+
+def test_code_and_a_recipe_are_a_checkpoints_only_if_its_config_says_so(checkpoint):
+    for name in ("modeling_mine.py", "parts_mine.py", "modeling_thesis.py", "recipe.yaml"):
+        (checkpoint / name).write_text("from .parts_mine import Part\n" if name == "modeling_mine.py" else "")
+    assert foreign(checkpoint) == ["modeling_mine.py", "modeling_thesis.py", "parts_mine.py", "recipe.yaml"]
+    config = json.loads((checkpoint / "config.json").read_text())
+    named = {"auto_map": {"AutoModelForCausalLM": "modeling_mine.Model"}, "quantization_config": {}}
+    (checkpoint / "config.json").write_text(json.dumps({**config, **named}))
+    assert foreign(checkpoint) == ["modeling_thesis.py"]
+
+
+def test_companions_are_a_checkpoints(checkpoint):
+    (checkpoint / "additional_chat_templates").mkdir()
+    for name in ("NOTICE", "tokenizer.model.v3", "additional_chat_templates/tool_use.jinja"):
+        (checkpoint / name).write_text("")
+    assert foreign(checkpoint) == []
+    (checkpoint / "additional_chat_templates" / "thesis.tex").write_text("")
+    assert foreign(checkpoint) == ["additional_chat_templates/thesis.tex"]
+
+
+def test_a_report_names_folders_of_exporters_only(ours):
+    (ours / "depth").mkdir()
+    (ours / ".git").mkdir()
+    report = {"passes": [{"name": "depth", "stage": "PRUNE"}, {"name": ".git", "stage": "EXPORT"}], "verified": {}}
+    (ours / "compression" / "report.json").write_text(json.dumps(report))
+    (ours / "compression" / "cuts.json").unlink()
+    (ours / "compression" / "cuts.json").mkdir()
+    assert foreign(ours) == [".git/", "compression/cuts.json", "depth/", "onnx/"]
+
+
+def test_a_folder_that_is_called_like_a_checkpoint_of_a_run_is_a_persons(checkpoint, tmp_path):
+    unfinished = tmp_path / "x.unfinished"
+    unfinished.mkdir()
+    (checkpoint / "me.jpg").write_text("precious")
+    checkpoint.rename(unfinished / "2024-photos")
+    with pytest.raises(OutputError, match="2024-photos, which no run leaves"):
+        check_unfinished(unfinished)
+    (unfinished / "2024-photos" / "me.jpg").unlink()
+    check_unfinished(unfinished)
 
 
 def test_many_others_are_named_in_part(checkpoint):

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from folder_passes import Archive, Halve
 
 from optimum_prune import Depth, Osscar, Recipe, Settings, Text, compress, hookimpl
-from optimum_prune.errors import CheckpointError, OptimumPruneError, OutputError, RecipeError, VetoError
+from optimum_prune.errors import CheckpointError, OptimumPruneError, OutputError, PluginError, RecipeError, VetoError
 from optimum_prune.machine.progress import Progress
 
 DROP = Depth(drop=(1,))
@@ -194,6 +195,48 @@ def test_when_a_pass_is_finished_it_is_too_late_for_a_veto(recipe, tmp_path, cap
     )
     assert "'pass_finished' of Hook given as hook 2 failed: Too bad. The run goes on" in capsys.readouterr().err
     assert heard == [1]
+
+
+class Shy(Exception):
+    def __str__(self):
+        raise ValueError("not telling")
+
+
+def test_an_error_that_cannot_be_shown_loses_no_run(recipe, tmp_path, capsys):
+    compress(recipe(), tmp_path / "out", hooks=[Hook({"depth": raiser(Shy())})])
+    assert "failed: Shy" in capsys.readouterr().err
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("change", ["in place", "another", "a layer less"])
+def test_a_hook_that_changes_the_model_is_noticed(change, recipe, tmp_path):
+    class Meddling:
+        @hookimpl
+        def before_pass(self, step, model):
+            if change == "in place":
+                model.lm_head.weight.data.zero_()
+            elif change == "another":
+                model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+            else:
+                del model.model.layers[5]
+
+    with pytest.raises(PluginError, match="A hook changed the weight") as caught:
+        compress(recipe(), tmp_path / "out", hooks=[Meddling()])
+    one_line(caught)
+    assert names(tmp_path) == []
+
+
+def test_a_hook_leaves_the_model_in_evaluation_mode(recipe, tmp_path):
+    modes = []
+
+    class Training:
+        @hookimpl
+        def before_pass(self, step, model):
+            modes.append(model.training)
+            model.train()
+
+    compress(recipe(DROP, Depth(drop=(2,))), tmp_path / "out", hooks=[Training()])
+    assert modes == [False, False]
 
 
 def test_a_hook_changes_nothing_of_the_process(recipe, tmp_path, capsys, monkeypatch):

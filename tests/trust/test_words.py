@@ -8,14 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 
 from optimum_prune import Depth, Recipe, Settings
+from optimum_prune.cli.endings import Ending
 from optimum_prune.cli.main import main
-from optimum_prune.errors import OptimumPruneError, RecipeError
+from optimum_prune.errors import CheckpointError, OptimumPruneError, RecipeError
+from optimum_prune.machine import interrupts
 
 PASSES = "passes: [depth: {layers: 1}]\n"
 MODULE = [sys.executable, "-m", "optimum_prune"]
@@ -488,3 +491,14 @@ def test_an_interrupt_is_said_from_the_first_moment_on(number, after, common, tm
         out, error = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
     assert error == "python -m optimum_prune: interrupted; nothing was written.\n"
+
+
+def test_an_import_that_an_interrupt_broke_is_told_as_an_interrupt(capsys):
+    error = CheckpointError("The config describes no model that can be made. Mend it.")
+    error.__cause__ = ImportError("initialization failed")
+    assert Ending("optimum-cli", debug=False).of(error) == 1
+    with interrupts.raised():
+        with suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert Ending("optimum-cli", debug=False).of(error) == interrupts.CODE
+    assert capsys.readouterr().err.splitlines()[1:] == ["optimum-cli: interrupted; nothing was written."]
