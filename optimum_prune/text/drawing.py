@@ -105,8 +105,21 @@ class Reader:
         return torch.cat([torch.full((len(windows), 1), self.bos), windows], dim=1)
 
 
-def draw(calibration: Text, evaluation: Text, reader: Reader, seed: int) -> tuple[Windows, Windows | None]:
-    """The windows to calibrate on and the windows to report on; None for the latter if none are asked for.
+@dataclass(frozen=True)
+class Drawn:
+    """Windows that were drawn from texts."""
+
+    calibration: Windows
+    evaluation: Windows | None
+    """None if none are asked for."""
+    text: Text
+    """The one to calibrate on."""
+    tokens: Int[Tensor, " tokens"]
+    """Of that text, without those that are reported on."""
+
+
+def draw(calibration: Text, evaluation: Text, reader: Reader, seed: int) -> Drawn:
+    """The windows to calibrate on and the windows to report on.
 
     Raises:
         TextError: a text that cannot be read, is empty, or is too short for one window.
@@ -119,10 +132,10 @@ def draw(calibration: Text, evaluation: Text, reader: Reader, seed: int) -> tupl
     joined = reader.read(calibration, characters)
     tokens = tokenize(joined, reader.tokenizer)
     if not reported.windows:
-        return _draw_at_random(tokens, calibration, reader, seed), None
+        return Drawn(_draw_at_random(tokens, calibration, reader, seed), None, calibration, tokens)
     if not evaluation.named:
         tokens, last = _keep_end_back(tokens, calibration, evaluation, reader)
-        return _draw_at_random(tokens, calibration, reader, seed), last
+        return Drawn(_draw_at_random(tokens, calibration, reader, seed), last, calibration, tokens)
     other = reader.read(evaluation, other_characters)
     if other == joined:
         raise TextError(
@@ -130,7 +143,8 @@ def draw(calibration: Text, evaluation: Text, reader: Reader, seed: int) -> tupl
             f"it is reported on: name another text, or none for windows from the end of the same one."
         )
     windows = _draw_at_random(tokens, calibration, reader, seed)
-    return windows, _first_windows(tokenize(other, reader.tokenizer), evaluation, reader)
+    reported_on = _first_windows(tokenize(other, reader.tokenizer), evaluation, reader)
+    return Drawn(windows, reported_on, calibration, tokens)
 
 
 def evaluation_windows(evaluation: Text, reader: Reader) -> Windows:

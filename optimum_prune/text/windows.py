@@ -115,11 +115,26 @@ def joined(some: Sequence[Windows]) -> Windows:
 
 
 @dataclass(frozen=True)
+class Domain:
+    """A text to train on."""
+
+    name: str
+    windows: Windows
+    held_out: Windows
+    """Windows that are not trained on, to tell by them how good a model is."""
+    weight: float = 1.0
+    reference: float | None = None
+    """The loss in nats that is to be reached, where that is given."""
+
+
+@dataclass(frozen=True)
 class Texts:
     """What passes choose by, and what is reported on."""
 
     calibration: Windows
     evaluation: Windows | None
+    training: tuple[Domain, ...] = ()
+    """What passes that train are trained on."""
 
     def check(self, longest: int) -> None:
         """Refuses what are no windows that a model can be run on, as `Windows.check` does.

@@ -73,7 +73,8 @@ def test_another_text_to_report_on_is_read_from_its_beginning(counting, tmp_path
 
 
 def test_without_a_length_windows_are_as_long_as_the_model_takes(counting, plain, sources):
-    windows, reported = draw(Text(text=str(counting)), Text(), Reader(plain, sources, 50), seed=0)
+    drawn = draw(Text(text=str(counting)), Text(), Reader(plain, sources, 50), seed=0)
+    windows, reported = drawn.calibration, drawn.evaluation
     assert windows.tokens.shape[1] == reported.tokens.shape[1] == 50
 
 
@@ -152,14 +153,13 @@ def test_no_more_is_read_than_the_windows_can_need(tmp_path, plain, monkeypatch)
             yield f"document number {number}"
 
     source = {"endless": Source("endless", endless)}
-    windows, reported = draw(
-        Text(dataset="endless", samples=2, length=8), Text(samples=2), Reader(plain, source, 64), seed=0
-    )
+    drawn = draw(Text(dataset="endless", samples=2, length=8), Text(samples=2), Reader(plain, source, 64), seed=0)
+    windows, reported = drawn.calibration, drawn.evaluation
     assert (len(windows.tokens), len(reported.tokens)) == (2, 2)
     assert len(read) < 200
 
 
 def test_more_windows_than_there_are_is_said(text_file, caplog, plugins):
     wanted = Text(text=str(text_file), samples=10_000, length=64)
-    windows, _ = draw(wanted, Text(samples=0), Reader(tiny.tokenizer(), plugins.sources, 128), seed=0)
+    windows = draw(wanted, Text(samples=0), Reader(tiny.tokenizer(), plugins.sources, 128), seed=0).calibration
     assert f"10000 windows of {text_file.name} are asked for, and its text has {len(windows.tokens)}" in caplog.text

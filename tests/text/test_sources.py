@@ -181,7 +181,7 @@ def dataset(tmp_path, monkeypatch):
 @pytest.mark.parametrize("named", ["{}", "{}:default", "{}:default:train", "{}::train"])
 def test_a_dataset_is_named_by_name_config_and_split(named, dataset, tmp_path, plain, sources):
     text = Text(dataset=named.format(dataset), length=LENGTH, samples=1000)
-    windows, _ = draw(text, Text(samples=0), Reader(plain, sources, LIMIT), seed=0)
+    windows = draw(text, Text(samples=0), Reader(plain, sources, LIMIT), seed=0).calibration
     expected, _ = windows_of(write(tmp_path, ".txt", DOCUMENTS[:3]), plain, sources, samples=1000)
     assert torch.equal(windows.tokens, expected.tokens)
     assert windows.source.startswith(str(dataset))
@@ -190,7 +190,7 @@ def test_a_dataset_is_named_by_name_config_and_split(named, dataset, tmp_path, p
 
 def test_one_split_to_choose_by_and_one_to_report_on(dataset, plain, sources):
     calibration = Text(dataset=str(dataset), length=LENGTH)
-    _, reported = draw(calibration, Text(dataset=f"{dataset}::test"), Reader(plain, sources, LIMIT), seed=0)
+    reported = draw(calibration, Text(dataset=f"{dataset}::test"), Reader(plain, sources, LIMIT), seed=0).evaluation
     assert plain.decode(reported.tokens[0]) == DOCUMENTS[3][: len(plain.decode(reported.tokens[0]))]
     with pytest.raises(RecipeError, match="must not be what"):
         draw(calibration, Text(dataset=f"{dataset}::train"), Reader(plain, sources, LIMIT), seed=0)
@@ -221,7 +221,9 @@ def test_a_plugin_can_bring_a_dataset_and_a_kind_of_file(tmp_path, plain, source
     shout = Source("shout", lambda text: [tiny.text(100).upper()], (".up",))
     mine = {**sources, "invented": Source("invented", invent), "shout": shout}
     (tmp_path / "a.up").write_text("whatever")
-    windows, _ = draw(Text(dataset="invented:a:b", length=LENGTH), Text(samples=0), Reader(plain, mine, LIMIT), seed=0)
+    windows = draw(
+        Text(dataset="invented:a:b", length=LENGTH), Text(samples=0), Reader(plain, mine, LIMIT), seed=0
+    ).calibration
     assert asked == [("invented", "a", "b")]
     assert len(windows.tokens) > 5
     windows, _ = windows_of(tmp_path / "a.up", plain, mine)

@@ -30,4 +30,5 @@ def write(folder, suffix, documents=DOCUMENTS, column="text", name="corpus"):
 
 def windows_of(calibration, tokenizer, sources, evaluation=None, seed=0, **options):
     text = Text(text=str(calibration), length=LENGTH, **options)
-    return draw(text, evaluation or Text(samples=0), Reader(tokenizer, sources, LIMIT), seed)
+    drawn = draw(text, evaluation or Text(samples=0), Reader(tokenizer, sources, LIMIT), seed)
+    return drawn.calibration, drawn.evaluation
