@@ -1,0 +1,166 @@
+"""Training by transformers' Trainer: what it is given, and what it goes on from after a kill."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset, Sampler, SequentialSampler
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from optimum_prune.machine import processes, tensor_files
+from optimum_prune.training.lesson import Lesson, Objective, TrainingBatch
+from optimum_prune.training.schedule import Schedule
+from optimum_prune.training.student import Student
+from optimum_prune.training.watch import STATE, Watch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS = "weights.safetensors"
+
+
+def train(model: PreTrainedModel, lesson: Lesson, objective: Objective, schedule: Schedule) -> Mapping[str, Any]:
+    """Trains a model in place; it ends as the best that it was by the held-out windows, or, if it never was better, as it began.
+
+    A training that was killed goes on from the last state that was kept in the lesson's folder.
+
+    Returns:
+        Evidence for the report.
+    """
+    lesson.folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(), _as_before(model, schedule):
+        watch = Watch(Student(model, lesson.folder, float32=schedule.float32), lesson, schedule)
+        try:
+            trainer = _Trainer(watch, lesson, objective, schedule)
+            checkpoint = latest(lesson.folder)
+            if checkpoint is not None:
+                watch.load(json.loads((checkpoint / STATE).read_text()))
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            trainer.accelerator.free_memory()
+            return watch.ended()
+        except BaseException:
+            watch.student.give_back(best=False)
+            raise
+
+
+def latest(folder: Path) -> Path | None:
+    """The last state of a training in a folder that was kept whole."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return next((path for path in reversed(found) if (path / STATE).is_file()), None)
+
+
+@contextmanager
+def _as_before(model: PreTrainedModel, schedule: Schedule) -> Iterator[None]:
+    """What training sets of a model is put back after a `with`."""
+    configs = {id(each): each for each in (model.config, model.config.get_text_config(), model.generation_config)}
+    before = [(each, getattr(each, "use_cache", None)) for each in configs.values() if each is not None]
+    if schedule.gradient_checkpointing:
+        _checkpointing(model, "enable")
+    try:
+        yield
+    finally:
+        for config, use_cache in before:
+            config.use_cache = use_cache
+        if schedule.gradient_checkpointing:
+            _checkpointing(model, "disable")
+        model.eval()
+
+
+def _checkpointing(model: PreTrainedModel, switch: str) -> None:
+    """Switches on or off that activations are computed again instead of kept; versions of transformers call it otherwise."""
+    newer = getattr(model, f"activation_checkpointing_{switch}", None)
+    (newer or getattr(model, f"gradient_checkpointing_{switch}"))()
+
+
+class _Positions(Dataset[int]):
+    """The places of windows in the order of training; which window it is, is settled when its turn comes."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, position: int) -> int:
+        return position
+
+
+class _Trainer(Trainer):  # type: ignore[misc]  # transformers declares no types
+    """A Trainer that asks the lesson for the windows of a step, an objective for the loss, and a schedule for the learning rate."""
+
+    def __init__(self, watch: Watch, lesson: Lesson, objective: Objective, schedule: Schedule) -> None:
+        self._watch = watch
+        self._lesson = lesson
+        self._objective = objective
+        self._schedule = schedule
+        model = watch.student.model
+        super().__init__(
+            model,
+            _arguments(schedule, lesson, model.device),
+            train_dataset=_Positions(schedule.most_steps * schedule.windows),
+            data_collator=lambda positions: {"positions": torch.tensor(positions)},
+            callbacks=[watch],
+        )
+        self.remove_callback(PrinterCallback)
+        self.model_accepts_loss_kwargs = False  # losses are means, of batches of the same size
+
+    def _get_train_sampler(self, train_dataset: _Positions | None = None) -> Sampler[int]:
+        return SequentialSampler(train_dataset or self.train_dataset)
+
+    def create_scheduler(self, *_: Any, optimizer: Optimizer | None = None, **__: Any) -> LambdaLR:
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._watch.course.share)
+        return self.lr_scheduler
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
+        """The loss of some windows of the step at hand."""
+        windows = self._watch.mixture.of_step(self.state.global_step)
+        places = [windows[position % self._schedule.windows] for position in inputs["positions"].tolist()]
+        batch = self._lesson.batch(places, self.args.device)
+
+        def run(batch: TrainingBatch, **keywords: Any) -> Any:
+            with self._watch.student.computing():
+                return model(input_ids=batch.tokens, use_cache=False, **keywords)
+
+        return self._objective.loss(run, batch)
+
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        place = Path(output_dir or self.args.output_dir)
+        place.mkdir(parents=True, exist_ok=True)
+        tensor_files.write(dict(state_dict or self._watch.student.named()), place / WEIGHTS)
+
+    def _load_from_checkpoint(self, checkpoint: str, *_: Any) -> None:
+        self._watch.student.put(load_file(Path(checkpoint) / WEIGHTS))
+
+
+def _arguments(schedule: Schedule, lesson: Lesson, device: torch.device) -> TrainingArguments:
+    return TrainingArguments(
+        str(lesson.folder),
+        max_steps=schedule.most_steps,
+        per_device_train_batch_size=schedule.at_once,
+        gradient_accumulation_steps=schedule.windows // (schedule.at_once * processes.size()),
+        learning_rate=schedule.learning_rate,
+        weight_decay=schedule.weight_decay,
+        adam_beta2=0.95,
+        max_grad_norm=schedule.clip,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        save_total_limit=1,
+        report_to=list(schedule.report_to) or "none",
+        disable_tqdm=True,
+        seed=lesson.seed,
+        use_cpu=device.type == "cpu",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        label_names=[],
+        ddp_find_unused_parameters=False,
+    )

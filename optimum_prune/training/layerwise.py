@@ -1,0 +1,169 @@
+"""Blocks of decoder layers trained one by one: each on what reaches it in the pruned model, towards what the dense model has there.
+
+No gradient passes through the model, so it takes the memory of one layer (LaCo, Layer-wise Compensation; Muralidharan et al. tune
+blocks likewise, arXiv 2407.14679). The loss is the relative squared error of the hidden states behind the block, token by token:
+one token of enormous activations counts as much as any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from optimum_prune.calibration.visit import LayerVisit
+from optimum_prune.machine import processes
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+RATES = (1e-4, 3e-4, 1e-3)
+"""Learning rates that are tried if none is given."""
+TRIED = 0.1
+"""Of the steps, the part after which learning rates are compared."""
+LOOKS = 5
+"""How often the held-out error is measured while a block is trained."""
+WARMUP = 0.1
+"""Of the steps, the part in which the learning rate grows."""
+BETAS = (0.9, 0.95)
+
+Weights = Mapping[str, Tensor]
+"""By their paths from the layer."""
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """How a block is trained."""
+
+    steps: int
+    rate: float | None
+    """Learning rate; None to choose it by the held-out error."""
+    held_out: int
+    """How many batches, at the end of the stream, are not trained on."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A block that was trained."""
+
+    weights: Weights
+    """Of its parameters, in float32; none where it is best as it was."""
+    rate: float
+    before: float
+    """The error on the batches that it was not trained on."""
+    after: float
+
+
+def teach(visit: LayerVisit, block: str, goals: Sequence[Float[Tensor, "w t h"]], teaching: Teaching) -> Taught:
+    """Trains the parameters of a block, and of the norms around it, towards hidden states behind it, batch by batch."""
+    lesson = _Lesson(visit, block, goals, teaching)
+    start = lesson.parameters()
+    before = lesson.error(start)
+    rates = RATES if teaching.rate is None else (teaching.rate,)
+    rate = rates[0]
+    if len(rates) > 1:
+        steps = max(1, int(TRIED * teaching.steps))
+        tried = {each: lesson.error(lesson.trained(start, each, steps)) for each in rates}
+        rate = min(tried, key=lambda each: tried[each] if math.isfinite(tried[each]) else math.inf)
+    best, after = {}, before
+    for weights in lesson.training(start, rate, teaching.steps, looks=LOOKS):
+        error = lesson.error(weights)
+        if error < after:
+            best, after = {name: value.detach().clone() for name, value in weights.items()}, error
+    return Taught(best, rate, before, after)
+
+
+class _Lesson:
+    """A block, its goals, and which batches it is trained on."""
+
+    def __init__(self, visit: LayerVisit, block: str, goals: Sequence[Tensor], teaching: Teaching) -> None:
+        self._visit = visit
+        self._block = block
+        self._goals = goals
+        self._teaching = teaching
+        blocks = visit.layer.blocks
+        for earlier in blocks[: blocks.index(block)]:
+            visit.activations.release(*visit.behind(earlier))  # the visit remembers what the block puts out
+        count = len(goals)
+        self._held = range(count - teaching.held_out, count)
+        self._taught = range(count - teaching.held_out)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Copies of the weights through which the block acts, in float32."""
+        every = {
+            name: value.detach().float().clone().requires_grad_()
+            for name, value in self._visit.layer.module.named_parameters()
+            if value.is_floating_point()
+        }
+        loss = self._loss(every, self._taught[0])
+        found = torch.autograd.grad(loss, list(every.values()), allow_unused=True)
+        return {
+            name: value.detach()
+            for (name, value), gradient in zip(every.items(), found, strict=True)
+            if gradient is not None
+        }
+
+    @torch.no_grad()
+    def error(self, weights: Weights) -> float:
+        """The mean relative squared error on the batches that are held out."""
+        losses = [self._loss(weights, position).item() for position in self._held]
+        total, count = processes.all_sums([sum(losses), len(losses)])
+        return total / count
+
+    def trained(self, start: Weights, rate: float, steps: int) -> Weights:
+        """The weights after so many steps."""
+        *_, last = self.training(start, rate, steps, looks=1)
+        return last
+
+    def training(self, start: Weights, rate: float, steps: int, looks: int) -> Iterator[Weights]:
+        """Trains in so many steps, and yields the weights so many times, at last at the end."""
+        weights = {name: value.clone().requires_grad_() for name, value in start.items()}
+        optimizer = torch.optim.AdamW(weights.values(), lr=rate, betas=BETAS, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
+        order = self._order(steps)
+        shown = {math.ceil(steps * look / looks) for look in range(1, looks + 1)}
+        for step, position in enumerate(order, start=1):
+            optimizer.zero_grad()
+            torch.autograd.backward(self._loss(weights, position))
+            _average(weights.values())
+            optimizer.step()
+            schedule.step()
+            if step in shown:
+                yield weights
+
+    def _order(self, steps: int) -> Iterator[int]:
+        """The batches to train on, each as often as any other, at random."""
+        generator = torch.Generator().manual_seed(self._teaching.seed)
+        order: list[int] = []
+        for _ in range(steps):
+            order = order or torch.randperm(len(self._taught), generator=generator).tolist()
+            yield self._taught[order.pop()]
+
+    def _loss(self, weights: Weights, position: int) -> Tensor:
+        """The mean relative squared error over the tokens of a batch, without padding."""
+        batch, _ = self._visit.stream[position]
+        goal = batch.unpadded(self._goals[position]).float()
+        found = batch.unpadded(self._visit.behind_with(weights, self._block, position)).float()
+        return ((found - goal).square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)).mean()
+
+
+def _average(values: Iterable[Tensor]) -> None:
+    """Makes the gradients of this process the mean over all of the run."""
+    if processes.size() == 1:
+        return
+    for value in values:
+        if value.grad is not None:
+            value.grad = processes.all_sum(value.grad) / processes.size()
+
+
+def _share(step: int, steps: int) -> float:
+    """Of the learning rate at a step: it grows, and then falls as a cosine does."""
+    warm = max(1, int(WARMUP * steps))
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

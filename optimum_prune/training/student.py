@@ -1,0 +1,109 @@
+"""A model while it is trained: its weights in float32 beside those that it was given, and the best that it had so far, on disk."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from optimum_prune.machine import processes, tensor_files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+MANY_ZEROS = 0.25
+"""A matrix with a larger part of zeros was pruned by a mask."""
+GIVEN, BEST = "given.safetensors", "best.safetensors"
+
+
+class Student:
+    """A model that is trained, and gets back the weights that it was given, or the best that it had, in their dtype.
+
+    Args:
+        folder: where weights are kept.
+        float32: whether the model's are float32 meanwhile.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: Path, *, float32: bool) -> None:
+        self.model = model
+        self._folder = folder
+        self._dtype = model.dtype
+        self._own = {name: value.data for name, value in model.named_parameters()}
+        self._apart = float32 and model.dtype is not torch.float32
+        """Whether the weights that it was given stay as they are while it is trained."""
+        if not self._apart:
+            self._write(GIVEN, {})
+        for value in model.parameters():
+            if value.is_floating_point():
+                value.requires_grad_(True)
+                value.data = value.data.float() if self._apart else value.data
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """Its weights, those that are tied once."""
+        return ((name, value.data) for name, value in self.model.named_parameters())
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Products are computed in bfloat16 within a `with`, if the model's own dtype is that."""
+        half = self._dtype is torch.bfloat16
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=half):
+            yield
+
+    # Zeros
+
+    def masked(self) -> dict[str, Tensor]:
+        """Of each weight of which many are zero, where they are not."""
+        pairs = ((name, value != 0) for name, value in self.named() if value.ndim > 1)
+        return {name: there for name, there in pairs if 1 - there.float().mean().item() > MANY_ZEROS}
+
+    @torch.no_grad()
+    def keep_zeros(self, masked: Mapping[str, Tensor]) -> None:
+        """Makes the weights zero that were so."""
+        for name, there in masked.items():
+            self.model.get_parameter(name).data.mul_(there)
+
+    # The best
+
+    def keep(self, perplexity: float, step: int) -> None:
+        """Keeps the weights as the best, in their own dtype."""
+        self._write(BEST, {"perplexity": repr(perplexity), "step": str(step)})
+
+    def best(self) -> tuple[float, int]:
+        """The perplexity of the best that are kept, and after how many steps they came; infinite, if none are."""
+        try:
+            with safe_open(self._folder / BEST, "pt") as opened:
+                about = opened.metadata()
+                return float(about["perplexity"]), int(about["step"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+            return math.inf, 0
+
+    def _write(self, name: str, about: Mapping[str, str]) -> None:
+        if processes.first():
+            weights = {each: value.to(self._own[each].dtype) for each, value in self.named()}
+            partial = self._folder / f"{name}.partial"
+            tensor_files.write(weights, partial, about)
+            partial.replace(self._folder / name)
+        processes.wait()
+
+    # What becomes of it
+
+    @torch.no_grad()
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Gives the model other values, as it is while it is trained."""
+        for name, value in self.named():
+            value.copy_(weights[name])
+
+    def give_back(self, *, best: bool) -> None:
+        """Lets the model have its own weights again, with the values of the best if asked, and else those that it was given."""
+        for name, value in self.model.named_parameters():
+            value.grad = None
+            value.data = self._own[name]
+        if best or not self._apart:
+            with safe_open(self._folder / (BEST if best else GIVEN), "pt") as opened:
+                self.put({name: opened.get_tensor(name) for name in self._own})
