@@ -22,7 +22,7 @@ from optimum_prune.passes.checkpoint_spec import CheckpointSpec
 from optimum_prune.passes.folder import FolderPass, Job
 from optimum_prune.passes.outcome import Outcome
 from optimum_prune.passes.prune import PrunePass
-from optimum_prune.passes.recover import RecoverPass
+from optimum_prune.passes.recover import RecoverPass, Recovery
 from optimum_prune.pruner import Pruner
 from optimum_prune.recipe import Recipe, Settings
 from optimum_prune.report.report import Report
@@ -31,6 +31,7 @@ from optimum_prune.surgery.cuts import Cuts, Decision
 from optimum_prune.surgery.registration import register_when_imported
 from optimum_prune.text.source import Source
 from optimum_prune.text.text import Text
+from optimum_prune.text.training import DomainText, Training
 from optimum_prune.text.windows import Windows
 
 Prospect = CheckpointSpec
@@ -48,6 +49,7 @@ __all__ = [
     "Decoder",
     "DecoderLayer",
     "Depth",
+    "DomainText",
     "Experts",
     "Family",
     "FeedForward",
@@ -66,6 +68,7 @@ __all__ = [
     "Pruner",
     "Recipe",
     "RecoverPass",
+    "Recovery",
     "Report",
     "Runtime",
     "Settings",
@@ -73,6 +76,7 @@ __all__ = [
     "Source",
     "Stage",
     "Text",
+    "Training",
     "TransformersRuntime",
     "VetoError",
     "Windows",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,59 +13,21 @@ from optimum_prune.conversion.interpreter import check_allowed, check_libraries
 from optimum_prune.errors import RecipeError, shown, unknown
 from optimum_prune.hooks.plugins import Plugins
 from optimum_prune.machine import given_files, strict_yaml
-from optimum_prune.options import LARGEST, as_plain, build, check_options, option
+from optimum_prune.machine.sizes import check_unit, size_of
+from optimum_prune.options import as_plain, build, check_options, option
 from optimum_prune.passes.base import Pass, Stage
 from optimum_prune.passes.folder import FolderPass
 from optimum_prune.text.text import Text, texts_to_use
+from optimum_prune.text.training import Training, check_apart
 
+SECTIONS = ("passes", "calibration", "evaluation", "training")
+"""Parts of a recipe beside its settings."""
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Texts = Mapping[str, Mapping[str, Any]]
 """Options of the sections "calibration" and "evaluation"."""
 
 LARGEST_SEED = 2**32 - 1
 """The largest that numpy takes, by which some libraries draw."""
-SMALLEST = 10**6
-"""A size in bytes below this is meant in another unit, if none is given; 0 is none at all."""
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-}
-"""Bytes of the units that a size may have."""
-
-
-def size_of(text: str) -> int:
-    """The bytes that a size such as 8GiB, 500 MB or 1000000 means.
-
-    Raises:
-        RecipeError: it means none.
-    """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)B?", text.strip())
-    if match is None or match[2].upper() not in UNITS:
-        raise RecipeError(f"The memory {shown(text)} is no size. Give a number with a unit, such as 8GiB or 500MB.")
-    size = float(match[1]) * UNITS[match[2].upper()]
-    if size > LARGEST:
-        raise RecipeError(
-            f"The memory {shown(text)} is more than any machine has. Give less, or nothing for all of it."
-        )
-    return int(size)
-
-
-def _check_unit(memory: str) -> None:
-    """Refuses a size in bytes that is hardly meant."""
-    size = size_of(memory)
-    if memory.strip().isdigit() and 0 < size < SMALLEST:
-        likely = "GiB" if size <= 2**10 else "MiB"
-        raise RecipeError(
-            f"The memory {memory} is {size} bytes, which hold nothing. Did you mean {size}{likely}? Give the unit."
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,7 +59,7 @@ class Settings:
     def __post_init__(self) -> None:
         check_options(self, "the settings")
         if self.memory is not None:
-            _check_unit(self.memory)
+            check_unit(self.memory)
 
     def activation_budget(self, offloads: bool) -> float:
         """Bytes of activations to keep in memory.
@@ -124,6 +85,8 @@ class Recipe:
     """What passes choose by."""
     evaluation: Text = Text()
     """What is reported on; if it names no text, the end of the calibration text."""
+    training: Training = Training()
+    """What passes that train are trained on; if it names no text, the calibration text."""
     settings: Settings = Settings()
     file: Path | None = dataclasses.field(default=None, compare=False)
     """Where it was read from, if it was."""
@@ -135,7 +98,8 @@ class Recipe:
         _check_order(self.passes)
         for step in self.passes:
             check_libraries(step)
-        texts_to_use(self.calibration, self.evaluation)
+        _, evaluation = texts_to_use(self.calibration, self.evaluation)
+        check_apart(self.training, evaluation)
 
     def _check_kinds(self) -> None:
         """Refuses parts of another kind than their own, and takes any sequence of passes for a tuple."""
@@ -144,7 +108,8 @@ class Recipe:
         except TypeError:  # no sequence, which is said below
             passes = (self.passes,)  # type: ignore[assignment]
         kinds: list[tuple[type, object]] = [(Pass, step) for step in passes]
-        kinds += [(Text, self.calibration), (Text, self.evaluation), (Settings, self.settings)]
+        kinds += [(Text, self.calibration), (Text, self.evaluation), (Training, self.training)]
+        kinds += [(Settings, self.settings)]
         for kind, part in kinds:
             if not isinstance(part, kind):
                 raise RecipeError(f"The recipe has {shown(part)} where a {kind.__name__} should be. Give one.")
@@ -156,6 +121,17 @@ class Recipe:
         return tuple(step for step in self.passes if step.stage.in_memory)
 
     @property
+    def trains(self) -> bool:
+        """Whether a pass is given text to train on."""
+        return any(step.trains for step in self.passes)
+
+    def tokens_wanted(self) -> int | None:
+        """The most tokens that a pass is trained on; None where nobody knows beforehand."""
+        wanted = [step.tokens_wanted() for step in self.passes if step.trains]
+        known = [tokens for tokens in wanted if tokens is not None]
+        return max(known) if known and len(known) == len(wanted) else None
+
+    @property
     def conversions(self) -> tuple[FolderPass, ...]:
         """The passes from folder to folder: the others."""
         return tuple(cast(FolderPass, step) for step in self.passes if not step.stage.in_memory)
@@ -163,7 +139,8 @@ class Recipe:
     @property
     def inputs(self) -> tuple[Path, ...]:
         """The files and folders of this machine that a run of it reads."""
-        named = (self.calibration.text, self.evaluation.text, self.settings.model)
+        taught = (text.text for text in self.training.texts)
+        named = (self.calibration.text, self.evaluation.text, *taught, self.settings.model)
         paths = (self.file, *(given_files.path_of(each) for each in named if each is not None))
         return tuple(path for path in paths if path is not None and given_files.is_there(path))
 
@@ -222,9 +199,8 @@ class Recipe:
             what = type(plain).__name__ if plain else "empty"
             raise RecipeError(f"A recipe is a mapping with a list of 'passes'. This one is {what}.")
         names = [field.name for field in dataclasses.fields(Settings)]
-        parts = ("passes", "calibration", "evaluation", *names)
-        for key in (key for key in plain if key not in parts):
-            raise RecipeError(unknown("part of a recipe", key, parts, "Parts"))
+        for key in (key for key in plain if key not in (*SECTIONS, *names)):
+            raise RecipeError(unknown("part of a recipe", key, (*SECTIONS, *names), "Parts"))
         steps = plain.get("passes")
         if not isinstance(steps, Sequence) or isinstance(steps, str):
             raise RecipeError("The recipe needs a list of 'passes', such as `- depth: {layers: 2}`.")
@@ -241,6 +217,7 @@ class Recipe:
             passes=passes,
             calibration=_text_of(plain, "calibration", texts),
             evaluation=_text_of(plain, "evaluation", texts),
+            training=Training.from_plain(plain.get("training")),
             settings=settings,
         )
 
@@ -250,6 +227,7 @@ class Recipe:
             **as_plain(self.settings),
             "calibration": as_plain(self.calibration),
             "evaluation": as_plain(self.evaluation),
+            **({"training": as_plain(self.training)} if self.trains else {}),
             "passes": [{step.name: as_plain(step)} for step in self.passes],
         }
 

@@ -33,7 +33,7 @@ def opened(options: argparse.Namespace) -> tuple[Decoder, Calibration]:
     decoder = Decoder.of(load(checkpoint, options.dtype, "cpu", Progress()), plugins.families)
     reader = Reader(checkpoint.tokenizer(), plugins.sources, length_limit(decoder.config))
     text = Text(text=options.text, samples=options.samples, length=options.length)
-    windows, _ = draw(text, Text(samples=0), reader, seed=0)
+    windows = draw(text, Text(samples=0), reader, seed=0).calibration
     print(f"{len(windows)} windows of {windows.length} tokens, {options.dtype}, {torch.get_num_threads()} threads")
     return decoder, Calibration(windows)
 

@@ -18,7 +18,7 @@ KINDS: dict[Stage, type[Pass]] = {
     Stage.EXPORT: FolderPass,
 }
 """What a pass of each stage must be, for whoever carries it out."""
-METHODS = {"decide": ("decoder", "calibration"), "recover": ("decoder", "teacher", "calibration"), "check": ("spec",)}
+METHODS = {"decide": ("decoder", "calibration"), "recover": ("recovery",), "check": ("spec",)}
 """The arguments of the methods of a pass."""
 MOVED = {
     "hookspecs": "hooks.marker",

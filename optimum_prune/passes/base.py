@@ -60,9 +60,15 @@ class Pass(ABC):
     """Whether it can read what a QUANTIZE pass wrote."""
     needs_teacher: ClassVar[bool] = False
     """Whether it looks at the dense model."""
+    trains: ClassVar[bool] = False
+    """Whether it is given text to train on."""
 
     def __post_init__(self) -> None:
         check_options(self, self.name)
+
+    def tokens_wanted(self) -> int | None:
+        """How many tokens a pass that trains is trained on; None where nobody knows beforehand."""
+        return None
 
     def foresee(self, shape: Shape) -> Shape:
         """The shape that the model will have afterwards, from the shape before; reads no weight.

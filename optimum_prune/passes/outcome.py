@@ -9,7 +9,7 @@ from typing import Any
 
 from optimum_prune.passes.base import Stage
 from optimum_prune.passes.evidence import Evidence, plain_evidence
-from optimum_prune.surgery.cuts import Cuts
+from optimum_prune.surgery.cuts import NOTE, Cuts
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,11 @@ class Outcome:
 
     def __post_init__(self) -> None:
         self.plain_evidence()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a person is to be told of it."""
+        return [str(each[NOTE]) for each in self.evidence if NOTE in each]
 
     def plain_evidence(self) -> tuple[Evidence, ...]:
         """The evidence as a report holds it."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from optimum_prune.anatomy.shape import Shape
     from optimum_prune.anatomy.workload import Cost, Workload
     from optimum_prune.calibration.calibration import Calibration
+    from optimum_prune.training.lesson import Lesson
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Recovery:
     layers: tuple[int, ...]
     """Of each layer of the pruned model, the layer of the dense model that it was."""
     calibration: Calibration
-    """The recipe's windows."""
+    """The windows that passes choose by."""
+    lesson: Lesson | None = None
+    """Text to train on, for a pass that trains."""
 
 
 class RecoverPass(Pass):
@@ -45,20 +48,16 @@ class RecoverPass(Pass):
         return walk_cost(work, shape, streams=2 if self.needs_teacher else 1)
 
     @abstractmethod
-    def recover(self, decoder: Decoder, teacher: Decoder, calibration: Calibration) -> Mapping[str, Any]:
-        """Changes weights of `decoder.model` in place.
+    def recover(self, recovery: Recovery) -> Mapping[str, Any]:
+        """Changes weights of the pruned model in place.
 
         Shapes, names and dtypes of its parameters stay, and all values must be finite. Buffers, the config and the list of layers
         are not to be touched. Hooks that it registers it removes; gradients and the training mode are put back for it.
 
         Of a run that was killed, a pass that was not done is carried out again, from the weights as they were before it;
-        `calibration.once` spares it what it had computed by then. What it does may depend on nothing but the model, the text and
-        its options, so that what comes out is the same to the bit, and the same in each of several processes.
-
-        Args:
-            decoder: the pruned model.
-            teacher: the dense model, as it was before the recipe, to look at only; `decoder` again if `needs_teacher` is False.
-            calibration: the recipe's windows.
+        `recovery.calibration.once` spares it what it had computed by then, and what it leaves in the folder of its lesson is there
+        again. What it does may depend on nothing but the model, the text and its options, so that what comes out is the same to the
+        bit, and the same in each of several processes.
 
         Returns:
             Evidence for the report, as plain data.

@@ -16,6 +16,7 @@ from optimum_prune.anatomy.shape import Shape
 from optimum_prune.checkpoint.loading import dtype_of
 from optimum_prune.checkpoint.opening import length_limit, meta_model
 from optimum_prune.hooks.plugins import Plugins
+from optimum_prune.passes.base import Pass
 from optimum_prune.passes.checkpoint_spec import CheckpointSpec
 from optimum_prune.plan.checks import check_conversions, foresee
 from optimum_prune.plan.source import ModelSource, device_of
@@ -68,7 +69,11 @@ class Plan:
     @property
     def needs_teacher(self) -> bool:
         """Whether a pass looks at the dense model."""
-        return any(step.needs_teacher for step in self.recipe.in_memory)
+        return any(self.teaches(step) for step in self.recipe.in_memory)
+
+    def teaches(self, step: Pass) -> bool:
+        """Whether a pass looks at the dense model, or is told by it what loss of each domain is to be reached."""
+        return step.needs_teacher or (step.trains and self.recipe.training.measures_references)
 
     @property
     def teacher_bytes(self) -> int:

@@ -186,6 +186,7 @@ class Report:
             notes.append(f"{outcome.name}: {outcome.seconds:,.1f} s, peak memory {outcome.peak_memory / 1e9:,.2f} GB")
             if outcome.artefact is not None:
                 notes[-1] += f"; {outcome.artefact.describe()}"
+            notes[-1] += "".join(f"; {note}" for note in outcome.notes)
         if self.perplexity is not None:
             notes.append(f"Perplexity on {self.perplexity.after.describe()}")
         how = "stock transformers" if self.stock else "optimum_prune (its layers differ in shape)"

@@ -29,6 +29,7 @@ from optimum_prune.run.output import check_output, hidden_output, mend, move_bes
 from optimum_prune.run.ownership import check_unfinished
 from optimum_prune.run.run import Run
 from optimum_prune.run.unfinished import Unfinished, unfinished_folder
+from optimum_prune.text.domains import Chosen, TrainingReader
 from optimum_prune.text.drawing import Reader, draw
 from optimum_prune.text.text import texts_to_use
 from optimum_prune.text.windows import Texts
@@ -139,9 +140,16 @@ def _drawn(plan: Plan, plugins: Plugins, progress: Progress) -> Texts:
             f"{source.name} has no tokenizer to read a text with. Give the windows of tokens themselves."
         )
     reader = Reader(source.tokenizer, plugins.sources, length_limit(plan.config))
-    on_hub = any(text.named and text.file is None for text in texts_to_use(recipe.calibration, recipe.evaluation))
-    with progress.libraries(datasets=on_hub):
-        return Texts(*draw(recipe.calibration, recipe.evaluation, reader, recipe.settings.seed))
+    taught = recipe.training.texts if recipe.trains else ()
+    named = (*texts_to_use(recipe.calibration, recipe.evaluation), *taught)
+    with progress.libraries(datasets=any(text.named and text.file is None for text in named)):
+        drawn = draw(recipe.calibration, recipe.evaluation, reader, recipe.settings.seed)
+        texts = Texts(drawn.calibration, drawn.evaluation)
+        if not taught:
+            return texts
+        chosen = Chosen(drawn.text, drawn.tokens, drawn.calibration.length)
+        domains = TrainingReader(reader, chosen, recipe.tokens_wanted()).domains(recipe.training)
+        return replace(texts, training=domains)
 
 
 def _carried_out(run: Run, resume: bool) -> Report:

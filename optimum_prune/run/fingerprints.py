@@ -14,6 +14,7 @@ from torch import Tensor
 from optimum_prune.errors import CheckpointError
 from optimum_prune.machine import tensor_files
 from optimum_prune.machine.watched_files import WEIGHTS
+from optimum_prune.options import as_plain
 from optimum_prune.plan.plan import Plan
 from optimum_prune.text.windows import Texts, Windows
 
@@ -35,6 +36,7 @@ def identity(plan: Plan, texts: Texts) -> dict[str, str | None]:
         "the model": model,
         "the calibration": windows_fingerprint(texts.calibration),
         "the evaluation": windows_fingerprint(texts.evaluation),
+        **({"the training": training_fingerprint(plan, texts)} if texts.training else {}),
         "dtype, device or seed": f"{settings.dtype} {plan.device} {settings.seed}",
         "the version of optimum-prune": version("optimum-prune"),
     }
@@ -96,6 +98,16 @@ def windows_fingerprint(windows: Windows | None) -> str:
     digest = hashlib.sha256(str(tuple(windows.tokens.shape)).encode())
     digest.update(windows.tokens.cpu().numpy().tobytes())
     digest.update(windows.mask.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def training_fingerprint(plan: Plan, texts: Texts) -> str:
+    """The fingerprint of the text to train on, and of how its domains are mixed."""
+    digest = hashlib.sha256(repr(as_plain(plan.recipe.training)).encode())
+    for domain in texts.training:
+        for windows in (domain.windows, domain.held_out):
+            digest.update(windows_fingerprint(windows).encode())
+        digest.update(f"{domain.name} {domain.weight} {domain.reference}".encode())
     return digest.hexdigest()
 
 

@@ -111,7 +111,7 @@ def _carried_out(step: Pass, decoder: Decoder, calibration: Calibration, run: Ru
     """Carries out a pass as its stage says; the class of every pass fits its stage."""
     if step.stage is Stage.PRUNE:
         return prune(cast(PrunePass, step), decoder, calibration, run.plugins, models)
-    return recover(cast(RecoverPass, step), decoder, calibration, run.plugins, models)
+    return recover(cast(RecoverPass, step), decoder, calibration, run.plugins, models, run.lesson(step))
 
 
 def _is_spread(model: PreTrainedModel) -> bool:

@@ -17,6 +17,7 @@ from optimum_prune.machine.activation_store import MappedActivations
 from optimum_prune.machine.given_files import path_of
 from optimum_prune.machine.mapped_weights import MappedWeights
 from optimum_prune.machine.watched_files import watched
+from optimum_prune.surgery.cuts import Cuts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,6 +45,13 @@ class Models:
         self.weights = MappedWeights(folder / "changed") if source.offloads else None
         """Where the model's weights are, if on disk."""
         self._written = MappedActivations(folder / "written", budget=0)
+        self.layers: tuple[int, ...] = ()
+        """Of each layer of the model, the layer of the dense model that it was."""
+
+    def follow(self, cuts: Cuts) -> None:
+        """Notes which layers a pass left."""
+        if cuts.layers is not None:
+            self.layers = tuple(self.layers[index] for index in cuts.layers)
 
     def load(self) -> Decoder:
         """The model, loaded or mapped.
@@ -57,6 +65,7 @@ class Models:
         if self._teaches and self._source.in_memory:  # it is as it was only now
             self._teacher = Decoder(sharing_copy(model), self._family)
         decoder = Decoder(model, self._family)
+        self.layers = tuple(range(len(decoder)))
         if self._watched:
             for layer in decoder.modules:
                 layer.register_forward_pre_hook(lambda *_: self.check())

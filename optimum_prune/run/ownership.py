@@ -35,12 +35,14 @@ REPORTS = ("recipe.yaml", "report.json", "report.html", "cuts.json")
 """In the folder `compression`."""
 STAGED = {
     re.compile(r"\d+-[\w.-]+"): stat.S_ISDIR,
-    re.compile("journal"): stat.S_ISDIR,
+    re.compile("journal|training"): stat.S_ISDIR,
     re.compile(r"state\.json(\.partial)?"): stat.S_ISREG,
 }
 """What lies in a folder of what is unfinished, by its name, and what it must be: a folder or a file."""
 JOURNALED = re.compile(r"\d+-[0-9a-f]+\.safetensors|partial|begun\.json(\.partial)?")
 """What lies in a journal: files."""
+TRAINED = re.compile(r"\d+-[\w.-]+")
+"""What lies in a folder for training: one for each pass."""
 NAMED = 3
 """So many files are named in an error."""
 
@@ -207,6 +209,8 @@ def _is_staged(entry: Path, named: object) -> bool:
     fits = any(name.fullmatch(entry.name) and kind(mode) for name, kind in STAGED.items())
     if not fits or not entry.is_dir():
         return fits
+    if entry.name == "training":
+        return all(TRAINED.fullmatch(each.name) and stat.S_ISDIR(each.lstat().st_mode) for each in entry.iterdir())
     if entry.name != "journal":
         return (entry / "config.json").is_file() and (entry.name == named or not foreign(entry))
     return all(JOURNALED.fullmatch(each.name) and stat.S_ISREG(each.lstat().st_mode) for each in entry.iterdir())

@@ -64,6 +64,7 @@ def prune(
             decided.update(decision.weights)
         if models is not None:
             models.check()
+            models.follow(cuts)
         if untouched is not None:
             untouched.check(step.name, decided)
         sync_config(decoder)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +20,7 @@ from optimum_prune.machine.memory import Meter
 from optimum_prune.options import as_plain
 from optimum_prune.passes.evidence import plain_evidence
 from optimum_prune.passes.outcome import Outcome
-from optimum_prune.passes.recover import RecoverPass
+from optimum_prune.passes.recover import RecoverPass, Recovery
 from optimum_prune.run.fingerprints import tensor_fingerprint
 from optimum_prune.run.journal import journal_of
 from optimum_prune.run.models import Models
@@ -29,9 +30,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from optimum_prune.training.lesson import Lesson
+
 
 def recover(
-    step: RecoverPass, decoder: Decoder, calibration: Calibration, plugins: Plugins, models: Models
+    step: RecoverPass,
+    decoder: Decoder,
+    calibration: Calibration,
+    plugins: Plugins,
+    models: Models,
+    lesson: Lesson | None = None,
 ) -> Outcome:
     """Carries out one pass that recovers on a model, in place.
 
@@ -44,10 +52,15 @@ def recover(
     with only_looked_at(decoder.model, step.name, models):
         if processes.first():
             before_pass(plugins, step, decoder.model, calibration.progress)
-    journal, carry_out = journal_of(calibration), partial(_recovered, step, decoder, calibration, models)
+    journal = journal_of(calibration)
+    carry_out = partial(
+        _recovered, step, decoder, models, partial(_recovery, step, decoder, calibration, models, lesson)
+    )
     with Meter() as meter:
         found = carry_out() if journal is None else journal.result(step.name, carry_out)
         _put_in(decoder.model, found["weights"], models)
+        if lesson is not None and processes.first():
+            shutil.rmtree(lesson.folder, ignore_errors=True)
     outcome = Outcome(
         step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, evidence=(found["evidence"],)
     )
@@ -56,17 +69,25 @@ def recover(
     return outcome
 
 
+def _recovery(
+    step: RecoverPass, decoder: Decoder, calibration: Calibration, models: Models, lesson: Lesson | None
+) -> Recovery:
+    """What a pass is given."""
+    measured = lesson is not None and lesson.measures_references
+    teacher = models.teacher() if step.needs_teacher or measured else decoder
+    return Recovery(decoder, teacher, models.layers, calibration, lesson)
+
+
 def _recovered(
-    step: RecoverPass, decoder: Decoder, calibration: Calibration, models: Models
+    step: RecoverPass, decoder: Decoder, models: Models, given: Callable[[], Recovery]
 ) -> dict[str, Mapping[str, Any]]:
     """The weights that a pass changed, by name, as they lie in the model afterwards; and its evidence."""
-    model = decoder.model
-    teacher = models.teacher() if step.needs_teacher else decoder
+    model, recovery = decoder.model, given()
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     before = _values(model, models)
     with models.writable(decoder) as moved:
         with guarded(f"The pass '{step.name}'"):
-            evidence = step.recover(decoder, teacher, calibration)
+            evidence = step.recover(recovery)
         models.check()
         after = _values(model, models)
     _check_kinds(step, before, after)

@@ -23,6 +23,7 @@ from optimum_prune.run.fingerprints import code_fingerprint
 from optimum_prune.run.output import HiddenOutput
 from optimum_prune.run.unfinished import Unfinished
 from optimum_prune.text.windows import Texts
+from optimum_prune.training.lesson import Lesson
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,20 @@ class Run:
                 f"A part of what is kept in {self.unfinished.folder} is damaged, so what followed on it is computed again."
             )
         return NoJournal() if journal is None else journal
+
+    def lesson(self, step: Pass) -> Lesson | None:
+        """What a pass is trained on; None for one that is not."""
+        if not step.trains:
+            return None
+        number = next(number for number, each in enumerate(self.recipe.in_memory) if each is step)
+        training = self.recipe.training
+        return Lesson(
+            self.texts.training,
+            (self.unfinished.training() or self.output.folder / "training") / f"{number}-{step.name}",
+            self.settings.seed,
+            self.progress,
+            training.update_every if training.dynamic else None,
+        )
 
     def _activations(self) -> ActivationStore:
         budget = self.plan.activation_budget

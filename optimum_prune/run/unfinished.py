@@ -32,6 +32,8 @@ STATE = "state.json"
 """In the folder: what its checkpoint is."""
 JOURNAL, BEGUN = "journal", "begun.json"
 """In the folder: that of the journal, and in this, what it is of."""
+TRAINING = "training"
+"""In the folder: a folder for each pass that trains, from which it goes on."""
 LARGEST = 2**26
 """Bytes of a file that says what is here."""
 CHECKPOINT = re.compile(r"\d+-[\w.-]+")
@@ -123,6 +125,7 @@ class Unfinished:
         folder, begun = self.folder / JOURNAL, self._begun()
         if begun is None or self._changed(begun, passes):
             self._discard(folder)
+            self._discard(self.folder / TRAINING)
         folder.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(folder)
         _write(folder / BEGUN, self._known(passes))
@@ -218,9 +221,14 @@ class Unfinished:
                 raise OSError(error.errno, f"{error.strerror}. {kept}") from error
             raise
 
+    def training(self) -> Path | None:
+        """Where passes that train keep what they go on from; None if nobody could."""
+        return None if self._journal is None else self.folder / TRAINING
+
     def _remove_journal(self) -> None:
         self._journal = None
         self._discard(self.folder / JOURNAL)
+        self._discard(self.folder / TRAINING)
         with suppress(OSError):  # a checkpoint of another run may be there
             self.folder.rmdir()
 

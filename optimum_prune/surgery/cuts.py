@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 LAYERS, BLOCKS = "layers", "blocks"
 """What `to_json` calls kept layers and blocks; every other name is that of an axis."""
+NOTE = "note"
+"""In evidence: what a person is to be told, as a phrase."""
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,7 @@ def test_a_pass_that_recovers_and_does_not_say_costs_a_walk_through_both_models(
         name = "alone"
         needs_teacher = False
 
-        def recover(self, decoder, teacher, calibration):
+        def recover(self, recovery):
             return {}
 
     class Taught(Alone):

@@ -24,7 +24,8 @@ class Nudge(RecoverPass):
     harm: Literal["", "shape", "dtype", "nan", "untie", "evidence"] = option("What to do that is not allowed.", "")
     log: str | None = option("A file that gets a line whenever the pass is carried out.", None)
 
-    def recover(self, decoder, teacher, calibration) -> Mapping[str, Any]:
+    def recover(self, recovery) -> Mapping[str, Any]:
+        decoder, teacher, calibration = recovery.decoder, recovery.teacher, recovery.calibration
         if self.log is not None:
             with Path(self.log).open("a") as opened:
                 opened.write("nudge\n")
@@ -84,6 +85,6 @@ class Shrink(RecoverPass):
     name: ClassVar[str] = "shrink"
     needs_teacher: ClassVar[bool] = False
 
-    def recover(self, decoder, teacher, calibration) -> Mapping[str, Any]:
-        decoder.model.model.norm.weight.data.mul_(0.5)
-        return {"teacher_layers": len(teacher)}
+    def recover(self, recovery) -> Mapping[str, Any]:
+        recovery.decoder.model.model.norm.weight.data.mul_(0.5)
+        return {"teacher_layers": len(recovery.teacher)}

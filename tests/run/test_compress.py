@@ -121,7 +121,7 @@ def test_the_report_tells_the_truth_about_perplexities(done, recipe, llama, plug
     plain = report_of(output)["perplexity"]
     tokenizer = AutoTokenizer.from_pretrained(llama)
     reader = Reader(tokenizer, plugins.sources, limit=128)
-    _, windows = draw(recipe.calibration, recipe.evaluation, reader, seed=0)
+    windows = draw(recipe.calibration, recipe.evaluation, reader, seed=0).evaluation
     assert plain["before"] == pytest.approx(independent_perplexity(llama, windows), rel=1e-5)
     assert plain["after"] == pytest.approx(independent_perplexity(output, windows), rel=1e-5)
     assert plain["protocol"] == {
@@ -267,7 +267,7 @@ def test_passes_from_folder_to_folder_follow_in_order(llama, text_file, tmp_path
     assert report.parameters.after == model.num_parameters()
     tokenizer = AutoTokenizer.from_pretrained(llama)
     reader = Reader(tokenizer, plugins.sources, limit=128)
-    _, windows = draw(recipe.calibration, recipe.evaluation, reader, seed=0)
+    windows = draw(recipe.calibration, recipe.evaluation, reader, seed=0).evaluation
     assert report.perplexity.after.value == pytest.approx(independent_perplexity(tmp_path / "out", windows), rel=1e-3)
     assert names(tmp_path) == ["out"]
 

@@ -82,9 +82,9 @@ class Recovers(RecoverPass):
     name: ClassVar[str] = "recovers"
     needs_teacher: ClassVar[bool] = False
 
-    def recover(self, decoder, teacher, calibration):
+    def recover(self, recovery):
         evidence = Doing.at("work")
-        decoder.model.model.norm.weight.data.mul_(0.5)
+        recovery.decoder.model.model.norm.weight.data.mul_(0.5)
         return evidence
 
 

@@ -1,0 +1,1 @@
+"""Passes that recover what pruning lost."""

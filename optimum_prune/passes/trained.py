@@ -1,0 +1,142 @@
+"""Passes that train: for so many steps, tokens, epochs or minutes, towards an objective of their own."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from optimum_prune.errors import RecipeError
+from optimum_prune.evaluation.losses import losses_cost
+from optimum_prune.machine import processes
+from optimum_prune.machine.memory import free_memory
+from optimum_prune.options import option
+from optimum_prune.passes.recover import RecoverPass, Recovery
+from optimum_prune.surgery.cuts import NOTE
+from optimum_prune.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from optimum_prune.anatomy.decoder import Decoder
+    from optimum_prune.anatomy.shape import Shape
+    from optimum_prune.anatomy.workload import Cost, Workload
+    from optimum_prune.training.lesson import Lesson, Objective
+
+TOKENS = 1_000_000
+"""What is trained on if no budget is given."""
+FEWEST_STEPS, SMALLEST_STEP, LARGEST_STEP = 64, 2048, 65536
+"""A step has a part of all tokens, so that there are so many steps, and between so few and so many tokens."""
+AT_ONCE = 2048
+"""Tokens that run through the model at a time."""
+TRAINED_BYTES = 16
+"""Of each parameter: its value, its gradient and two averages of that, in float32."""
+RATE, RATE_AT = 1e-4, 1024
+"""The learning rate for hidden states of so many features; the more there are, the smaller it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedPass(RecoverPass):
+    """A pass that trains the whole model by transformers' Trainer."""
+
+    trains: ClassVar[bool] = True
+    steps: int | None = option("How many steps to train.", None, at_least=1)
+    tokens: int | None = option(f"The same as tokens of text; {TOKENS:,} if no budget is given.", None, at_least=1)
+    epochs: float | None = option("The same as rounds through the training text.", None, above=0)
+    minutes: float | None = option("The same as time.", None, above=0)
+    batch: int | None = option(
+        f"Tokens of a step; if not given, a {FEWEST_STEPS}th of all, between {SMALLEST_STEP} and {LARGEST_STEP}.",
+        None,
+        at_least=1,
+    )
+    learning_rate: float | None = option(
+        f"The largest; if not given, {RATE} at {RATE_AT} features of hidden states, and less the more there are.",
+        None,
+        above=0,
+    )
+    warmup: float = option("The part of the training in which the learning rate grows.", 0.05, at_least=0, below=1)
+    schedule: Literal["cosine", "linear", "constant"] = option("How it falls afterwards.", "cosine")
+    weight_decay: float = option("Of AdamW.", 0.0, at_least=0, below=1)
+    looks: int = option("How often the held-out perplexity is measured.", 10, at_least=1)
+    patience: int = option("After so many of these without a better one, training ends.", 4, at_least=1)
+    checkpoint_minutes: float = option("Between states that are kept for a run that is killed.", 10.0, at_least=0)
+    gradient_checkpointing: bool = option("Compute activations again instead of keeping them.", False)
+    float32: bool | None = option(
+        "Keep weights in float32 while they are trained; if not given, where they fit in memory.", None
+    )
+    keep_zeros: bool = option("Let the zeros of matrices that are zero by more than a quarter stay.", True)
+    report_to: tuple[str, ...] = option("Trackers, such as trackio, wandb or tensorboard.", ())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in ("steps", "tokens", "epochs", "minutes") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise RecipeError(f"{self.name} is given {' and '.join(given)}. Give one of them.")
+
+    @abstractmethod
+    def objective(self, recovery: Recovery, lesson: Lesson, schedule: Schedule) -> Objective:
+        """What the model is trained for."""
+
+    def recover(self, recovery: Recovery) -> Mapping[str, Any]:
+        """Trains the pruned model."""
+        from optimum_prune.training.engine import train  # transformers' Trainer takes long to import
+
+        lesson = recovery.lesson
+        assert lesson is not None, "a pass that trains is given a lesson"
+        if lesson.measures_references:
+            lesson = lesson.with_references(recovery.teacher.model)
+        schedule = self.scheduled(recovery.decoder, lesson)
+        found = dict(train(recovery.decoder.model, lesson, self.objective(recovery, lesson, schedule), schedule))
+        return {NOTE: found.pop(NOTE), "trained": found}
+
+    def tokens_wanted(self) -> int | None:
+        """How many tokens are trained on; None where only the training shows."""
+        if self.steps is not None:
+            return self.steps * (self.batch or SMALLEST_STEP)
+        return None if self.epochs or self.minutes else self.tokens or TOKENS
+
+    def scheduled(self, decoder: Decoder, lesson: Lesson) -> Schedule:
+        """How the model is trained."""
+        length = lesson.domains[0].windows.length
+        there = sum(len(domain.windows) for domain in lesson.domains) * length
+        total = there * self.epochs if self.epochs else self.tokens_wanted()
+        step = self.batch or int(min(max((total or 0) / FEWEST_STEPS, SMALLEST_STEP), LARGEST_STEP))
+        most = max(1, step // length // processes.size())
+        at_once = min(max(1, AT_ONCE // length), most)
+        windows = most // at_once * at_once * processes.size()
+        steps = self.steps or (None if total is None else max(1, round(total / (windows * length))))
+        return Schedule(
+            windows,
+            at_once,
+            steps=None if self.minutes else steps,
+            minutes=self.minutes,
+            learning_rate=self.learning_rate or RATE * RATE_AT / decoder.config.hidden_size,
+            warmup=self.warmup,
+            decay=self.schedule,
+            weight_decay=self.weight_decay,
+            looks=self.looks,
+            patience=self.patience,
+            checkpoint_minutes=self.checkpoint_minutes,
+            gradient_checkpointing=self.gradient_checkpointing,
+            float32=self._fits(decoder) if self.float32 is None else self.float32,
+            zeros_stay=self.keep_zeros,
+            report_to=self.report_to,
+        )
+
+    def estimate(self, shape: Shape, work: Workload) -> Cost:
+        """What training takes beside the model: of forward and backward, three times a forward, and what the teacher computes."""
+        tokens = self.tokens_wanted() or TOKENS
+        at_once = max(1, AT_ONCE // work.length) * work.length
+        few = work.on(at_once // work.length)
+        teacher = float(self.needs_teacher)
+        computed = few.run_all(shape.layers, tokens, 3 + teacher)
+        predicted = losses_cost(few, tokens, at_once, 3 + teacher)
+        kept = sum(few.run(layer, at_once).memory for layer in shape.layers)
+        if self.gradient_checkpointing:
+            kept = few.states(len(shape.layers)) + max(few.run(layer, at_once).memory for layer in shape.layers)
+        averaged = shape.parameters * (TRAINED_BYTES if self.float32 is not False else 3 * work.itemsize)
+        return computed.followed_by(replace(predicted, memory=2 * predicted.memory + kept)).with_memory(averaged)
+
+    def _fits(self, decoder: Decoder) -> bool:
+        """Whether there is memory for weights in float32, their gradients, and two averages of these."""
+        parameters = sum(value.numel() for value in decoder.model.parameters())
+        return bool(TRAINED_BYTES * parameters < free_memory())

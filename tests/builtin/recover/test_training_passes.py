@@ -1,0 +1,279 @@
+"""Passes that train, through recipes: what was lost comes back, a model never ends worse, and a killed run goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import tiny
+import yaml
+from folder_passes import Archive
+
+from optimum_prune import Depth, Osscar, Recipe, Settings, Text, compress, load_model
+from optimum_prune.builtin.prune.block_pruner import BlockPruner
+from optimum_prune.builtin.recover.distill import Distill
+from optimum_prune.builtin.recover.pretrain import Pretrain
+from optimum_prune.builtin.recover.reconstruct import Reconstruct
+from optimum_prune.errors import RecipeError, TextError
+from optimum_prune.plan.forecast import forecast
+from optimum_prune.report.report import Report
+from optimum_prune.text.training import DomainText, Training
+from optimum_prune.training.watch import Watch
+
+DEPTH = Depth(drop=(2, 3))
+SHORT = {"steps": 12, "batch": 256, "learning_rate": 1e-3, "patience": 100}
+
+
+@pytest.fixture
+def recipe(checkpoints, text_file, other_text_file):
+    """A recipe on a tiny model."""
+
+    def made(*passes, name="llama", training=None, **settings):
+        return Recipe(
+            passes=passes,
+            calibration=Text(text=str(text_file), samples=16, length=16),
+            evaluation=Text(samples=4),
+            training=training or Training(text=str(other_text_file), length=32),
+            settings=Settings(model=str(checkpoints(name)), device="cpu", **settings),
+        )
+
+    return made
+
+
+def digests(folder):
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")}
+
+
+def trained(report, position=-1):
+    return report.passes[position].plain_evidence()[0]["trained"]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [Distill(**SHORT), Pretrain(**SHORT), Distill(**SHORT, precompute=True, top=50)],
+    ids=["distill", "pretrain", "kept"],
+)
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3_moe"])
+def test_a_model_is_trained_saved_and_reported(name, step, recipe, tmp_path):
+    report = compress(recipe(DEPTH, step, name=name), tmp_path / "out")
+    found = trained(report)
+    losses = [loss for _, loss, _ in found["losses"]]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert found["held_out"]["after"] <= found["held_out"]["before"]
+    assert found["steps"] == 12
+    assert found["tokens"] == 12 * 256
+    assert any(f"{step.name}: " in note and "perplexity on the end of" in note for note in report.notes())
+    assert Report.read(tmp_path / "out").passes[-1].plain_evidence()[0]["trained"] == found
+    model = load_model(tmp_path / "out")
+    if name == "llama-tied":
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "prune", [BlockPruner(blocks=2), Osscar(ratio=0.25, allocation="global")], ids=["blocks", "widths"]
+)
+def test_a_model_whose_layers_differ_is_trained(prune, recipe, tmp_path):
+    report = compress(recipe(prune, Reconstruct(steps=4), Pretrain(**SHORT)), tmp_path / "out")
+    assert trained(report)["held_out"]["after"] < trained(report)["held_out"]["before"]
+    assert not report.stock
+
+
+def test_training_that_diverges_gives_the_model_back_as_it_was(recipe, tmp_path):
+    compress(recipe(DEPTH), tmp_path / "pruned")
+    report = compress(recipe(DEPTH, Distill(steps=12, batch=256, learning_rate=1.0)), tmp_path / "out")
+    assert digests(tmp_path / "out") == digests(tmp_path / "pruned")
+    assert any("so the model is as it was" in note for note in report.notes())
+
+
+@pytest.mark.parametrize(("step", "precompute"), [(3, True), (9, False)])
+def test_a_run_that_was_killed_while_it_trained_goes_on(step, precompute, recipe, tmp_path, monkeypatch):
+    wanted = recipe(
+        DEPTH, Reconstruct(steps=4), Distill(**SHORT, precompute=precompute, checkpoint_minutes=0), Archive()
+    )
+    whole = compress(wanted, tmp_path / "whole")
+    seen = Watch.on_step_end
+
+    def die(self, args, state, control, **rest):
+        if state.global_step == step:
+            raise KeyboardInterrupt
+        return seen(self, args, state, control, **rest)
+
+    monkeypatch.setattr(Watch, "on_step_end", die)
+    with pytest.raises(KeyboardInterrupt):
+        compress(wanted, tmp_path / "out")
+    assert (tmp_path / "out.unfinished/training/2-distill").is_dir()
+    steps = []
+
+    def see(self, args, state, control, **rest):
+        steps.append(state.global_step)
+        return seen(self, args, state, control, **rest)
+
+    monkeypatch.setattr(Watch, "on_step_end", see)
+    report = compress(wanted, tmp_path / "out")
+    assert steps == list(range(step, 13))
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert trained(report, 2)["losses"] == trained(whole, 2)["losses"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_reconstruction_brings_layers_nearer_to_the_dense_model(recipe, tmp_path):
+    report = compress(recipe(replace(DEPTH, heal=False), Reconstruct(steps=30)), tmp_path / "out")
+    layers = report.passes[-1].plain_evidence()[0]["reconstructed"]
+    assert list(layers) == ["0", "1", "2", "3"]
+    errors = [block for layer in layers.values() for block in layer.values()]
+    assert all(block["after"] <= block["before"] for block in errors)
+    assert sum(block["after"] for block in errors) < 0.99 * sum(block["before"] for block in errors)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral", "opt-post-norm"])
+def test_reconstruction_with_weights_on_disk_is_that_in_memory(name, recipe, tmp_path):
+    outs = []
+    for offload in (False, True):
+        outs.append(tmp_path / str(offload))
+        compress(recipe(DEPTH, Reconstruct(steps=4), name=name, offload=offload), outs[-1])
+    assert digests(outs[0]) == digests(outs[1])
+
+
+# Text to train on
+
+
+def test_without_a_text_it_trains_on_what_passes_choose_by_and_never_on_what_is_reported_on(
+    recipe, tmp_path, text_file
+):
+    report = compress(recipe(DEPTH, Pretrain(**SHORT), training=Training()), tmp_path / "out")
+    assert trained(report)["held_out"]["text"] == f"the end of {text_file.name}"
+    assert report.perplexity.after.text == f"the end of {text_file.name}"
+
+
+def test_what_is_reported_on_is_not_trained_on(recipe, other_text_file):
+    with pytest.raises(RecipeError, match="must not be what it is"):
+        replace(recipe(Pretrain()), evaluation=Text(text=str(other_text_file)))
+
+
+def domains(*files, **options):
+    return Training(domains=tuple(DomainText(text=str(file), **each) for file, each in files), length=16, **options)
+
+
+def test_weights_move_to_the_domain_that_is_far_from_its_reference(recipe, text_file, other_text_file, tmp_path):
+    mixed = domains(
+        (text_file, {"reference": 100.0}), (other_text_file, {"reference": 1.0}), dynamic=True, update_every=3
+    )
+    found = trained(compress(recipe(DEPTH, Pretrain(**SHORT), training=mixed), tmp_path / "out"))["domains"]
+    assert found["names"] == [text_file.name, other_text_file.name]
+    assert [step for step, _, _ in found["moves"]] == [3, 6, 9, 12]
+    assert all(weights[1] > 0.9 for _, _, weights in found["moves"])
+
+
+def test_the_dense_model_tells_the_references_that_are_not_given(recipe, text_file, other_text_file, tmp_path):
+    mixed = domains(
+        (text_file, {"weight": 0.5}),
+        (other_text_file, {"weight": 0.5, "reference": 2.0}),
+        dynamic=True,
+        update_every=6,
+    )
+    found = trained(compress(recipe(DEPTH, Pretrain(**SHORT), training=mixed), tmp_path / "out"))["domains"]
+    assert found["references"][0] == pytest.approx(6, abs=1)
+    assert found["references"][1] == 2.0
+
+
+@pytest.mark.parametrize(
+    ("training", "why"),
+    [
+        ({"domains": [{"dataset": "a", "weight": 0.5}, {"dataset": "b", "weight": 0.9}]}, "should sum to 1"),
+        ({"domains": [{"dataset": "a", "weight": 0.5}, {"dataset": "b"}]}, "should sum to 1"),
+        ({"domains": [{"dataset": "a"}, {"dataset": "a"}]}, "called the same"),
+        ({"domains": [{"dataset": "a"}], "dynamic": True}, "no two domains"),
+        ({"domains": [{"dataset": "a"}], "dataset": "b"}, "and domains besides"),
+        ({"domains": "wiki"}, "Write a list"),
+        ({"domain": []}, "No option of training is called 'domain'"),
+        ({"domains": [{"texts": "a"}]}, "No option of domain 1 of the training text is called 'texts'"),
+        ({"update_every": 0}, "at least 1"),
+        ([], "name: value"),
+    ],
+)
+def test_training_texts_that_cannot_be_are_refused(training, why, plugins):
+    with pytest.raises(RecipeError, match=why):
+        Recipe.from_dict({"passes": ["pretrain"], "training": training}, plugins)
+
+
+def test_a_text_that_is_too_short_is_refused_before_the_passes(recipe, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text(tiny.text(8))
+    with pytest.raises(TextError, match="too few"):
+        compress(recipe(DEPTH, Pretrain(), training=Training(text=str(short), length=32)), tmp_path / "out")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["short.txt"]
+
+
+def test_a_recipe_says_again_what_it_trains_on(plugins):
+    plain = {"passes": ["pretrain"], "training": {"domains": [{"dataset": "a"}, {"dataset": "b"}], "dynamic": True}}
+    made = Recipe.from_dict(plain, plugins)
+    assert Recipe.from_dict(yaml.safe_load(made.to_yaml()), plugins) == made
+    assert "training" not in yaml.safe_load(
+        Recipe.from_dict({"passes": ["depth"]} | {"passes": [{"depth": {"layers": 1}}]}, plugins).to_yaml()
+    )
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"minutes": 0}, "above 0"),
+        ({"steps": 0}, "at least 1"),
+        ({"steps": 3, "tokens": 5}, "Give one of them"),
+        ({"learning_rate": 0}, "above 0"),
+        ({"alpha": 2}, "at most 1"),
+        ({"schedule": "cosinus"}, "Did you mean 'cosine'"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(options, why):
+    with pytest.raises(RecipeError, match=why):
+        Distill(**options)
+
+
+def test_the_plan_knows_what_training_takes(recipe, plugins):
+    def planned(tokens):
+        found = forecast(recipe(DEPTH, Reconstruct(), Distill(tokens=tokens)), plugins)
+        return {phase.name: phase for phase in found.phases}
+
+    many, few = planned(10**9), planned(10**6)
+    assert many["distill"].seconds > 100 * few["distill"].seconds
+    assert many["distill"].memory == few["distill"].memory > many["depth"].memory
+
+
+def test_epochs_and_minutes_are_budgets_too(recipe, tmp_path):
+    report = compress(recipe(DEPTH, Pretrain(epochs=0.5, batch=256)), tmp_path / "epochs")
+    whole = compress(recipe(DEPTH, Pretrain(epochs=1, batch=256)), tmp_path / "epoch")
+    assert trained(whole)["tokens"] == pytest.approx(2 * trained(report)["tokens"], abs=512)
+    assert trained(compress(recipe(DEPTH, Pretrain(minutes=0.01)), tmp_path / "minutes"))["steps"] >= 1
+    assert (
+        json.loads((tmp_path / "minutes/compression/report.json").read_text())["passes"][1]["options"]["minutes"]
+        == 0.01
+    )
+
+
+def test_two_processes_train_as_one_does(checkpoints, text_file, other_text_file, tmp_path):
+    plain = {
+        "model": str(checkpoints("llama")),
+        "device": "cpu",
+        "calibration": {"text": str(text_file), "samples": 8, "length": 16},
+        "evaluation": {"samples": 2},
+        "training": {"text": str(other_text_file), "length": 32},
+        "passes": [{"depth": {"drop": [2]}}, {"distill": SHORT}],
+    }
+    recipe, found = tmp_path / "recipe.yaml", []
+    recipe.write_text(yaml.safe_dump(plain))
+    for count in (1, 2):
+        out = tmp_path / f"out-{count}"
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count] if count > 1 else []
+        command = [sys.executable, *launch, "-m", "optimum_prune", "compress", "run", recipe, "--output", out]
+        ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0, ran.stderr
+        found.append([loss for _, loss, _ in trained(Report.read(out))["losses"]])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
