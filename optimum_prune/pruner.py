@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from optimum_prune.calibration.calibration import Calibration
+from optimum_prune.checkpoint.loading import check_resident
 from optimum_prune.checkpoint.opening import length_limit, open_checkpoint
 from optimum_prune.checkpoint.taking import taken
 from optimum_prune.errors import OptimumPruneError, RecipeError, shown
@@ -66,8 +67,9 @@ class Pruner:
             settings = Settings(model=str(model_or_path), dtype=dtype, device=device, **how)
             return cls(open_source(settings, progress, tokenizer=tokenizer, tokenizer_needed=False), settings)
         model = taken(model_or_path)
+        check_resident(model, model.name_or_path or type(model).__name__)
         for what, asked, own in (("dtype", dtype, model.dtype), ("device", device, model.device)):
-            if str(own) != "meta" and asked not in (
+            if asked not in (
                 "auto",
                 str(own),
                 str(own).removeprefix("torch."),

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROBE_WINDOWS, PROBE_TOKENS, PROBE_DECODED = 2, 32, 8
-ROUNDING = 4
-"""A reloaded model may differ by this many units in the last place of its largest logit; on most machines it does by none."""
+ROUNDING, ROUNDING_FINE = 4, 16
+"""A reloaded model may differ by this many units in the last place of its largest logit, and by more in float32, where products round by where
+in memory their operands lie; mostly it does by none."""
 CACHE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.15}
 """How far logits computed with a cache may be from those without, relative to their spread."""
 
@@ -121,7 +122,8 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _judge(verification: Verification, expected: Probe, dtype: torch.dtype) -> None:
-    allowed = ROUNDING * torch.finfo(dtype).eps * expected.plain.abs().max().item()
+    places = ROUNDING_FINE if dtype in (torch.float32, torch.float64) else ROUNDING
+    allowed = places * torch.finfo(dtype).eps * expected.plain.abs().max().item()
     worst = max(verification.max_logit_difference, verification.max_logit_difference_with_cache)
     if not worst <= allowed:
         raise VerificationError(

@@ -34,13 +34,16 @@ class Ending:
     debug: bool
     plugins: Plugins | None = None
     """Once they are loaded."""
+    told: bool = False
+    """Whether something was said: what goes wrong afterwards follows from that."""
 
     def of(self, error: BaseException) -> int:
         """Says what went wrong, and returns the exit code."""
         if isinstance(error, NotPrintedError) and error.nobody_reads:
             return FAILED
-        if not processes.speaks():
+        if self.told or not processes.speaks():
             return interrupts.CODE if _interrupted(error) else FAILED
+        self.told = True
         if self.debug:
             traceback.print_exception(error)
         if _interrupted(error):

@@ -25,6 +25,8 @@ RATES = (1e-4, 3e-4, 1e-3)
 """Learning rates that are tried if none is given."""
 TRIED = 0.1
 """Of the steps, the part after which learning rates are compared."""
+NOTHING = 1e-8
+"""An error that is none: in front of the first gap, both models compute the same."""
 LOOKS = 5
 """How often the held-out error is measured while a block is trained."""
 WARMUP = 0.1
@@ -64,6 +66,8 @@ def teach(visit: LayerVisit, block: str, goals: Sequence[Float[Tensor, "w t h"]]
     lesson = _Lesson(visit, block, goals, teaching)
     start = lesson.parameters()
     before = lesson.error(start)
+    if before <= NOTHING:
+        return Taught({}, 0.0, before, before)
     rates = RATES if teaching.rate is None else (teaching.rate,)
     rate = rates[0]
     if len(rates) > 1:

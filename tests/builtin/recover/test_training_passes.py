@@ -244,7 +244,8 @@ def test_the_plan_knows_what_training_takes(recipe, plugins):
 
     many, few = planned(10**9), planned(10**6)
     assert many["distill"].seconds > 100 * few["distill"].seconds
-    assert many["distill"].memory == few["distill"].memory > many["depth"].memory
+    assert many["distill"].memory == pytest.approx(few["distill"].memory, rel=0.05)
+    assert many["distill"].memory > many["depth"].memory
 
 
 def test_epochs_and_minutes_are_budgets_too(recipe, tmp_path):
