@@ -44,7 +44,8 @@ class TrainedPass(RecoverPass):
     epochs: float | None = option("The same as rounds through the training text.", None, above=0)
     minutes: float | None = option("The same as time.", None, above=0)
     batch: int | None = option(
-        f"Tokens of a step; if not given, a {FEWEST_STEPS}th of all, between {SMALLEST_STEP} and {LARGEST_STEP}.",
+        f"Tokens of a step; if not given, a {FEWEST_STEPS}th of all, between {SMALLEST_STEP} and {LARGEST_STEP}, and the former where "
+        f"`steps` or `minutes` are.",
         None,
         at_least=1,
     )
@@ -99,7 +100,8 @@ class TrainedPass(RecoverPass):
         length = lesson.domains[0].windows.length
         there = sum(len(domain.windows) for domain in lesson.domains) * length
         total = there * self.epochs if self.epochs else self.tokens_wanted()
-        step = self.batch or int(min(max((total or 0) / FEWEST_STEPS, SMALLEST_STEP), LARGEST_STEP))
+        part = 0 if self.steps or total is None else total / FEWEST_STEPS
+        step = self.batch or int(min(max(part, SMALLEST_STEP), LARGEST_STEP))
         most = max(1, step // length // processes.size())
         at_once = min(max(1, AT_ONCE // length), most)
         windows = most // at_once * at_once * processes.size()

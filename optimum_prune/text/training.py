@@ -60,6 +60,7 @@ class Training(Text):
             )
         if self.domains:
             self._check_domains()
+        self._check_samples()
 
     @property
     def texts(self) -> tuple[DomainText, ...]:
@@ -94,6 +95,12 @@ class Training(Text):
     def measures_references(self) -> bool:
         """Whether the dense model tells what loss of each domain is to be reached."""
         return self.dynamic and any(domain.reference is None for domain in self.domains)
+
+    def _check_samples(self) -> None:
+        """Refuses a text of which no window is to be trained on."""
+        for text in self.texts:
+            if text.samples == 0:
+                raise RecipeError(f"0 windows of the training text {text.title} are asked for. Ask for at least 1.")
 
     def _check_domains(self) -> None:
         if self.named:

@@ -10,10 +10,12 @@ from dataclasses import replace
 
 import pytest
 import tiny
+import torch
 import yaml
 from folder_passes import Archive
 
 from optimum_prune import Depth, Osscar, Recipe, Settings, Text, compress, load_model
+from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
 from optimum_prune.builtin.recover.distill import Distill
 from optimum_prune.builtin.recover.pretrain import Pretrain
@@ -22,6 +24,8 @@ from optimum_prune.errors import RecipeError, TextError
 from optimum_prune.plan.forecast import forecast
 from optimum_prune.report.report import Report
 from optimum_prune.text.training import DomainText, Training
+from optimum_prune.text.windows import Domain, Windows
+from optimum_prune.training.lesson import Lesson
 from optimum_prune.training.watch import Watch
 
 DEPTH = Depth(drop=(2, 3))
@@ -193,6 +197,8 @@ def test_the_dense_model_tells_the_references_that_are_not_given(recipe, text_fi
         ({"domain": []}, "No option of training is called 'domain'"),
         ({"domains": [{"texts": "a"}]}, "No option of domain 1 of the training text is called 'texts'"),
         ({"update_every": 0}, "at least 1"),
+        ({"samples": 0}, "0 windows of the training text"),
+        ({"domains": [{"dataset": "a", "samples": 0}, {"dataset": "b"}]}, "0 windows of the training text a:train"),
         ([], "name: value"),
     ],
 )
@@ -235,6 +241,25 @@ def test_a_recipe_says_again_what_it_trains_on(plugins):
 def test_options_that_cannot_be_are_refused(options, why):
     with pytest.raises(RecipeError, match=why):
         Distill(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "tokens"),
+    [
+        ({"tokens": 131072}, 64, 131072),
+        ({"tokens": 10**8}, 1526, 1526 * 65536),
+        ({"steps": 1000}, 1000, 1000 * 2048),
+        ({"steps": 10, "batch": 4096}, 10, 10 * 4096),
+        ({"epochs": 2, "batch": 512}, 20, 10240),
+        ({}, 70, 70 * 14336),
+    ],
+)
+def test_a_budget_is_kept_whatever_it_is_given_in(options, steps, tokens, plugins, tmp_path):
+    windows = Windows.from_tokens(torch.zeros(20, 256, dtype=torch.long))
+    decoder = Decoder.of(tiny.model("llama"), plugins.families)
+    found = Distill(**options).scheduled(decoder, Lesson((Domain("one", windows, windows),), tmp_path))
+    assert found.steps == steps
+    assert found.steps * found.windows * 256 == tokens
 
 
 def test_the_plan_knows_what_training_takes(recipe, plugins):
