@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from optimum_prune.checkpoint.generation import check_generation
 from optimum_prune.checkpoint.quiet import quietly
 from optimum_prune.checkpoint.stored import stored_dtype
 from optimum_prune.errors import CheckpointError, FamilyError, printable, reason
-from optimum_prune.machine.given_files import flaw, path_of
+from optimum_prune.machine.given_files import flaw, mapping_in, path_of
 from optimum_prune.machine.tensor_files import INDICES, listed
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ class Checkpoint:
 
         folder = Path(self.source)
         file = folder / TOKENIZER_CONFIG if folder.is_dir() else cached(self.source, TOKENIZER_CONFIG)
-        plain, where = {} if file is None else _plain(file), f"{self.name}'s {TOKENIZER_CONFIG}"
+        plain, where = {} if file is None else mapping_in(file), f"{self.name}'s {TOKENIZER_CONFIG}"
         check_names(plain, where)
         check_tokenizer_files(plain, folder, where)
         try:
@@ -170,15 +169,6 @@ def _locate(model: str) -> tuple[str, str | None]:
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or not model.strip("/ "):
         raise CheckpointError(f"The model folder {shown} does not exist. Name a folder, a Hub id or a .gguf file.")
     return model, None
-
-
-def _plain(file: Path) -> Mapping[str, Any]:
-    """What a JSON file says; nothing if it cannot be read, which is for others to say."""
-    try:
-        plain = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return plain if isinstance(plain, Mapping) else {}
 
 
 # What is refused

@@ -107,13 +107,13 @@ def name_no_code_elsewhere(folder: Path) -> None:
         plain = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if not isinstance(named := plain.get("auto_map"), dict):
             continue
-        kept = {kind: where for kind, where in named.items() if _lies_beside(where, folder)}
+        kept = {kind: where for kind, where in named.items() if lies_beside(where, folder)}
         if kept != named:
             plain = {**plain, "auto_map": kept} if kept else {key: plain[key] for key in plain if key != "auto_map"}
             file.write_text(json.dumps(plain, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _lies_beside(where: object, folder: Path) -> bool:
+def lies_beside(where: object, folder: Path) -> bool:
     """Whether all modules that an entry of `auto_map` names are files of a folder."""
     named = [name for name in (where if isinstance(where, list) else [where]) if name is not None]
     return all((folder / f"{str(name).rpartition('.')[0]}.py").is_file() for name in named)

@@ -31,6 +31,7 @@ from optimum_prune.conversion.interpreter import ISOLATED, isolated_environment,
 from optimum_prune.errors import OptimumPruneError, PassError, RecipeError, printable, reason
 from optimum_prune.evaluation.comparison import ReferenceOutputs
 from optimum_prune.machine.progress import Progress
+from optimum_prune.machine.whole_files import whole
 from optimum_prune.options import as_plain, build
 from optimum_prune.passes.folder import FolderPass, Job
 from optimum_prune.text.windows import Windows
@@ -214,9 +215,8 @@ def serve(room: str, lifeline: str) -> None:
         _print_for_debugging()
         what = f"The pass '{plain['name']}' failed in its interpreter: {type(error).__name__}: {reason(error)}"
         answer = {"error": PassError.__name__, "message": what}
-    partial = folder / "answer.partial"
-    partial.write_text(json.dumps(answer), encoding="utf-8")
-    partial.rename(folder / "answer.json")
+    with whole(folder / "answer.json") as partial:
+        partial.write_text(json.dumps(answer), encoding="utf-8")
 
 
 def _print_for_debugging() -> None:

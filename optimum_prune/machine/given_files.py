@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 from optimum_prune.errors import RecipeError, shown
 
@@ -74,3 +76,12 @@ def beginning(path: Path, size: int) -> bytes:
     """
     with path.open("rb") as file:
         return file.read(size)
+
+
+def mapping_in(file: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing if it cannot be read, or holds something else than an object."""
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return plain if isinstance(plain, dict) else {}

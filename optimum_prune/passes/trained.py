@@ -98,7 +98,7 @@ class TrainedPass(RecoverPass):
     def scheduled(self, decoder: Decoder, lesson: Lesson) -> Schedule:
         """How the model is trained."""
         length = lesson.domains[0].windows.length
-        there = sum(len(domain.windows) for domain in lesson.domains) * length
+        there = lesson.windows * length
         total = there * self.epochs if self.epochs else self.tokens_wanted()
         part = 0 if self.steps or total is None else total / FEWEST_STEPS
         step = self.batch or int(min(max(part, SMALLEST_STEP), LARGEST_STEP))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from optimum_prune.checkpoint.saving import lies_beside
 from optimum_prune.machine.given_files import is_there, path_of
 
 _PART = r"[^\s/'\"`<>|,;:()\[\]{}]+"
@@ -113,7 +114,7 @@ def _cleaned(plain: Any, field: str, folder: Path) -> Any:
     if isinstance(plain, dict):
         cleaned = {name: _cleaned(value, name, folder) for name, value in plain.items()}
         if isinstance(named := plain.get("auto_map"), dict):
-            cleaned["auto_map"] = {kind: where for kind, where in named.items() if _lies_in(where, folder)}
+            cleaned["auto_map"] = {kind: where for kind, where in named.items() if lies_beside(where, folder)}
         return {name: value for name, value in cleaned.items() if name != "auto_map" or value}
     if isinstance(plain, list):
         return [_cleaned(value, field, folder) for value in plain]
@@ -124,12 +125,6 @@ def _cleaned(plain: Any, field: str, folder: Path) -> Any:
     ):
         return last_part(plain)
     return plain
-
-
-def _lies_in(where: object, folder: Path) -> bool:
-    """Whether all modules that an entry of `auto_map` names are files of a folder."""
-    named = [name for name in (where if isinstance(where, list) else [where]) if name is not None]
-    return all((folder / f"{str(name).rpartition('.')[0]}.py").is_file() for name in named)
 
 
 def _homes() -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -13,6 +12,7 @@ from typing import Any
 
 from optimum_prune.checkpoint.companions import TEMPLATES, belongs_beside
 from optimum_prune.errors import OutputError
+from optimum_prune.machine.given_files import mapping_in
 
 CHECKPOINT = re.compile(
     r"config\.json|generation_config\.json|README\.md|LICENSE[\w.-]*|.*\.safetensors|.*\.safetensors\.index\.json"
@@ -95,7 +95,7 @@ def _lies_in(path: Path, folder: Path) -> bool:
 def foreign(folder: Path) -> list[str]:
     """The entries of a folder that are neither a checkpoint's nor from a run of ours; all, if it is neither's."""
     entries = sorted(folder.iterdir())
-    report, config = _report(folder), _mapping(folder / "config.json")
+    report, config = _report(folder), mapping_in(folder / "config.json")
     weights = any(entry.suffix in WEIGHTS for entry in entries)
     if report is None and entries and not (weights and {"model_type", "architectures"} & config.keys()):
         return [entry.name for entry in entries]
@@ -139,7 +139,7 @@ def _artefacts(report: Mapping[str, Any]) -> set[str]:
 
 def _code(folder: Path) -> set[str]:
     """The files of a checkpoint's own code: those that its JSON files name, and what these import of their like."""
-    named = [_mapping(file).get("auto_map") for file in sorted(folder.glob("*config.json"))]
+    named = [mapping_in(file).get("auto_map") for file in sorted(folder.glob("*config.json"))]
     values = [value for each in named if isinstance(each, dict) for value in each.values()]
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]
     ahead = [match[1] for match in map(NAMED_MODULE.fullmatch, map(str, names)) if match]
@@ -157,17 +157,8 @@ def _code(folder: Path) -> set[str]:
 
 def _report(folder: Path) -> dict[str, Any] | None:
     """The report in an output folder, if it is one of ours."""
-    plain = _mapping(folder / ASIDE / "report.json")
+    plain = mapping_in(folder / ASIDE / "report.json")
     return plain if isinstance(plain.get("passes"), list) and "verified" in plain else None
-
-
-def _mapping(file: Path) -> dict[str, Any]:
-    """What a JSON file says; nothing if it cannot be read, or is something else."""
-    try:
-        plain = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return plain if isinstance(plain, dict) else {}
 
 
 def check_unfinished(folder: Path) -> None:
@@ -187,7 +178,7 @@ def check_unfinished(folder: Path) -> None:
         why = "is another user's"
     else:
         try:
-            named = _mapping(folder / "state.json").get("checkpoint")
+            named = mapping_in(folder / "state.json").get("checkpoint")
             strange = [entry.name for entry in sorted(folder.iterdir()) if not _is_staged(entry, named)]
         except OSError as error:
             strange, why = [], f"cannot be looked through ({error.strerror})"

@@ -23,6 +23,7 @@ from typing import Any
 
 from optimum_prune.errors import OptimumPruneError, OutputError, RecipeError, VetoError, followed, found_no_memory
 from optimum_prune.machine.watched_files import WEIGHTS
+from optimum_prune.machine.whole_files import whole
 from optimum_prune.run.fingerprints import files_fingerprint
 from optimum_prune.run.journal import Journal
 from optimum_prune.run.output import make_hidden
@@ -292,6 +293,5 @@ def _known_in(file: Path, more: Mapping[str, type] | None = None) -> Any:
 
 def _write(file: Path, plain: Mapping[str, Any]) -> None:
     """Writes JSON, whole or not at all."""
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(plain, indent=2), encoding="utf-8")
-    partial.replace(file)
+    with whole(file) as partial:
+        partial.write_text(json.dumps(plain, indent=2), encoding="utf-8")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from optimum_prune.errors import RecipeError, TextError
 from optimum_prune.text.drawing import CHARACTERS_PER_TOKEN, Reader
-from optimum_prune.text.text import Text
+from optimum_prune.text.text import Text, windows_wanted
 from optimum_prune.text.tokenization import tokenize
 from optimum_prune.text.training import DomainText, Training
 from optimum_prune.text.windows import Domain, Windows
@@ -50,11 +50,9 @@ class TrainingReader:
             TextError: a text cannot be read, or is too short.
         """
         length = training.length or self.chosen.length
-        if length > self.reader.limit:
-            raise RecipeError(
-                f"Windows of {length} tokens are asked for to train on, and the model takes at most {self.reader.limit}. Ask for shorter ones."
-            )
-        texts = [replace(text, length=text.length or length) for text in training.texts]
+        texts = [
+            replace(text, length=windows_wanted(text, length, self.reader.limit).length) for text in training.texts
+        ]
         if len({text.length for text in texts}) > 1:
             raise RecipeError(
                 "The domains of the training text have windows of several lengths. Give one 'length' for all."

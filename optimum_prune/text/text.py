@@ -73,6 +73,10 @@ class Text:
         name, config, split = self.dataset_parts
         return printable(":".join(part for part in (name, config, split) if part))
 
+    def is_reported_on(self, evaluation: Text) -> bool:
+        """Whether it is the text that a model is reported on."""
+        return evaluation.named and evaluation.samples != 0 and self.same_text_as(evaluation)
+
     def same_text_as(self, other: Text) -> bool:
         """Whether both name the same file, or the same split of the same dataset."""
         if self.file is not None and other.file is not None:
@@ -136,7 +140,7 @@ def texts_to_use(calibration: Text, evaluation: Text) -> tuple[Text, Text]:
         calibration = replace(calibration, dataset=f"{WIKITEXT}:train")
         if not evaluation.named:
             evaluation = replace(evaluation, dataset=f"{WIKITEXT}:test")
-    if evaluation.named and evaluation.samples != 0 and calibration.same_text_as(evaluation):
+    if calibration.is_reported_on(evaluation):
         raise RecipeError(
             f"Windows and evaluation both name {calibration.describe()}. What a model is chosen by must not be what it is "
             f"reported on: name another text, or none for windows from the end of the same one."

@@ -77,19 +77,18 @@ class Training(Text):
         Raises:
             RecipeError: a key or a value that is not known or not right.
         """
-        given = dict(plain) if isinstance(plain, Mapping) else plain
-        domains = given.pop(DOMAINS, ()) if isinstance(given, dict) else ()
+        if plain is not None and not isinstance(plain, Mapping):
+            return build(cls, plain, "training")  # which says what it should be
+        given = dict(plain or {})
+        domains = given.pop(DOMAINS, ())
+        dynamic = {name: given.pop(name) for name in (DYNAMIC,) if name in given}  # it needs the domains
         if not isinstance(domains, (list, tuple)):
             raise RecipeError(f"The domains of the training text are {shown(domains)}. Write a list of texts.")
         built = tuple(
             build(DomainText, domain, f"domain {number} of the training text")
             for number, domain in enumerate(domains, start=1)
         )
-        own = build(
-            cls, {k: v for k, v in given.items() if k != DYNAMIC} if isinstance(given, dict) else given, "training"
-        )
-        dynamic = {DYNAMIC: given[DYNAMIC]} if isinstance(given, dict) and DYNAMIC in given else {}
-        return replace(own, domains=built, **dynamic)
+        return replace(build(cls, given, "training"), domains=built, **dynamic)
 
     @property
     def measures_references(self) -> bool:
@@ -125,7 +124,7 @@ def check_apart(training: Training, evaluation: Text) -> None:
         RecipeError: one text is both.
     """
     for text in training.texts:
-        if text.named and evaluation.named and evaluation.samples != 0 and text.same_text_as(evaluation):
+        if text.named and text.is_reported_on(evaluation):
             raise RecipeError(
                 f"The training text and the evaluation text are both {text.describe()}. What a model is trained on must not be what it is "
                 f"reported on: name another text."

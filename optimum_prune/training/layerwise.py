@@ -17,6 +17,7 @@ from torch import Tensor
 
 from optimum_prune.calibration.visit import LayerVisit
 from optimum_prune.machine import processes
+from optimum_prune.training.schedule import rate_share
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -68,12 +69,7 @@ def teach(visit: LayerVisit, block: str, goals: Sequence[Float[Tensor, "w t h"]]
     before = lesson.error(start)
     if before <= NOTHING:
         return Taught({}, 0.0, before, before)
-    rates = RATES if teaching.rate is None else (teaching.rate,)
-    rate = rates[0]
-    if len(rates) > 1:
-        steps = max(1, int(TRIED * teaching.steps))
-        tried = {each: lesson.error(lesson.trained(start, each, steps)) for each in rates}
-        rate = min(tried, key=lambda each: tried[each] if math.isfinite(tried[each]) else math.inf)
+    rate = lesson.best_rate(start) if teaching.rate is None else teaching.rate
     best, after = {}, before
     for weights in lesson.training(start, rate, teaching.steps, looks=LOOKS):
         error = lesson.error(weights)
@@ -119,16 +115,22 @@ class _Lesson:
         total, count = processes.all_sums([sum(losses), len(losses)])
         return total / count
 
-    def trained(self, start: Weights, rate: float, steps: int) -> Weights:
-        """The weights after so many steps."""
-        *_, last = self.training(start, rate, steps, looks=1)
-        return last
+    def best_rate(self, start: Weights) -> float:
+        """Of the learning rates, the one that leaves the smallest error after a few steps."""
+        steps, tried = max(1, int(TRIED * self._teaching.steps)), {}
+        for rate in RATES:
+            *_, weights = self.training(start, rate, steps, looks=1)
+            tried[rate] = self.error(weights)
+        return min(tried, key=lambda rate: tried[rate] if math.isfinite(tried[rate]) else math.inf)
 
     def training(self, start: Weights, rate: float, steps: int, looks: int) -> Iterator[Weights]:
         """Trains in so many steps, and yields the weights so many times, at last at the end."""
         weights = {name: value.clone().requires_grad_() for name, value in start.items()}
         optimizer = torch.optim.AdamW(weights.values(), lr=rate, betas=BETAS, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps))
+        warmup = max(1, int(WARMUP * steps)) / steps
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: rate_share(step / steps, warmup, 1 / steps)
+        )
         order = self._order(steps)
         shown = {math.ceil(steps * look / looks) for look in range(1, looks + 1)}
         for step, position in enumerate(order, start=1):
@@ -163,11 +165,3 @@ def _average(values: Iterable[Tensor]) -> None:
     for value in values:
         if value.grad is not None:
             value.grad = processes.all_sum(value.grad) / processes.size()
-
-
-def _share(step: int, steps: int) -> float:
-    """Of the learning rate at a step: it grows, and then falls as a cosine does."""
-    warm = max(1, int(WARMUP * steps))
-    if step < warm:
-        return (step + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))

@@ -89,6 +89,11 @@ class Lesson:
         """The windows of all domains that are not trained on."""
         return joined([domain.held_out for domain in self.domains])
 
+    @property
+    def windows(self) -> int:
+        """How many windows there are to train on."""
+        return sum(len(domain.windows) for domain in self.domains)
+
     def mixture(self, windows: int) -> Mixture:
         """The order of the windows.
 

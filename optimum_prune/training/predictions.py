@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import load_file
 
+from optimum_prune.errors import CheckpointError
 from optimum_prune.machine import processes, tensor_files
+from optimum_prune.machine.whole_files import whole
 from optimum_prune.training.lesson import Lesson, TrainingBatch
 from optimum_prune.training.losses import Kept, keep_likeliest
 
@@ -69,7 +71,7 @@ class Precomputed:
         tracked = lesson.progress.track(enumerate(pieces), "The teacher's predictions", len(pieces))
         for number, piece in tracked:
             file = self._folder / f"predictions-{number:06}.safetensors"
-            if number % processes.size() == processes.rank() and not _whole(file):
+            if number % processes.size() == processes.rank() and not _is_whole(file):
                 self._write(file, teacher, lesson, piece, at_once)
         processes.wait()
         for number, piece in enumerate(pieces):
@@ -84,11 +86,10 @@ class Precomputed:
             batch = lesson.batch(piece[start : start + at_once], device)
             logits = teacher(input_ids=batch.tokens, use_cache=False).logits[:, :-1]
             kept += [keep_likeliest(window, self._count, self._temperature) for window in logits]
-        partial = file.with_suffix(".partial")
         values = torch.stack([each.log_probabilities for each in kept]).to(torch.float16).cpu()
         tokens = torch.stack([each.tokens for each in kept]).to(torch.int32).cpu()
-        tensor_files.write({"log_probabilities": values, "tokens": tokens}, partial)
-        partial.replace(file)
+        with whole(file) as partial:
+            tensor_files.write({"log_probabilities": values, "tokens": tokens}, partial)
 
     def __call__(self, batch: TrainingBatch) -> Kept:
         """What was kept for the windows of a batch, as rows."""
@@ -98,9 +99,9 @@ class Precomputed:
         return Kept(torch.stack(values).to(device)[counted], torch.stack(tokens).to(device)[counted])
 
 
-def _whole(file: Path) -> bool:
+def _is_whole(file: Path) -> bool:
     try:
         tensor_files.header(file)
-    except Exception:  # it is computed again then
+    except CheckpointError:  # it is computed again then
         return False
     return True

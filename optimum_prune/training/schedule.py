@@ -81,10 +81,20 @@ class Course:
     def share(self, step: int) -> float:
         """Of the learning rate, for the step after so many."""
         part, warmup = self.part(step), self._schedule.warmup
-        if part < warmup:
-            first = 1 / self._schedule.most_steps if self._schedule.steps else 0.02 * warmup
-            return min(1.0, (part + first) / warmup)
-        rest = (part - warmup) / max(1 - warmup, 1e-9)
-        if self._schedule.decay == "constant":
-            return 1.0
-        return 1 - rest if self._schedule.decay == "linear" else 0.5 * (1 + math.cos(math.pi * rest))
+        first = 1 / self._schedule.most_steps if self._schedule.steps else 0.02 * warmup
+        return rate_share(part, warmup, first, self._schedule.decay)
+
+
+def rate_share(part: float, warmup: float, first: float, decay: Decay = "cosine") -> float:
+    """Of the largest learning rate, how much is taken when so much of a training is behind.
+
+    Args:
+        warmup: the part in which it grows.
+        first: the part that a step is, so that the first step learns too.
+    """
+    if part < warmup:
+        return min(1.0, (part + first) / warmup)
+    rest = (part - warmup) / max(1 - warmup, 1e-9)
+    if decay == "constant":
+        return 1.0
+    return 1 - rest if decay == "linear" else 0.5 * (1 + math.cos(math.pi * rest))

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from optimum_prune.machine import processes, tensor_files
+from optimum_prune.machine.whole_files import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,9 +87,8 @@ class Student:
     def _write(self, name: str, about: Mapping[str, str]) -> None:
         if processes.first():
             weights = {each: value.to(self._own[each].dtype) for each, value in self.named()}
-            partial = self._folder / f"{name}.partial"
-            tensor_files.write(weights, partial, about)
-            partial.replace(self._folder / name)
+            with whole(self._folder / name) as partial:
+                tensor_files.write(weights, partial, about)
         processes.wait()
 
     # What becomes of it

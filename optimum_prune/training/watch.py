@@ -16,6 +16,7 @@ from optimum_prune.errors import NumericalError
 from optimum_prune.evaluation.perplexity import perplexity
 from optimum_prune.machine import processes
 from optimum_prune.machine.progress import Progress
+from optimum_prune.machine.whole_files import whole
 from optimum_prune.surgery.cuts import NOTE
 from optimum_prune.text.windows import Windows
 from optimum_prune.training.lesson import Lesson
@@ -86,9 +87,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         """Adds to a kept state what its Trainer does not know."""
         if processes.first():
             place = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            partial = place / f"{STATE}.partial"
-            partial.write_text(json.dumps(self._state()))
-            partial.replace(place / STATE)
+            with whole(place / STATE) as partial:
+                partial.write_text(json.dumps(self._state()))
         self._saved = time.monotonic()
 
     # What it knows

@@ -48,7 +48,7 @@ class Distill(TrainedPass):
         teacher = recovery.teacher.model.eval()
         precompute = self.precompute
         if precompute is None:
-            precompute = schedule.rounds(sum(len(domain.windows) for domain in lesson.domains)) > ROUNDS
+            precompute = schedule.rounds(lesson.windows) > ROUNDS
         if not precompute:
             return Imitation(Asked(teacher), self.alpha, self.temperature)
         kept = Precomputed(lesson.folder / "predictions", self.top, self.temperature)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from optimum_prune.anatomy.shape import ATTENTION
@@ -19,6 +20,7 @@ from optimum_prune.machine import processes
 from optimum_prune.options import option
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.recover import RecoverPass, Recovery
+from optimum_prune.refit.healing import SHARE
 from optimum_prune.training.layerwise import RATES, TRIED, Teaching, teach
 
 if TYPE_CHECKING:
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from optimum_prune.calibration.calibration import Calibration
     from optimum_prune.calibration.visit import LayerVisit
 
-SHARE = 0.5
-"""How much of the way over a gap attention is to go."""
 TRAINED_BYTES = 20
 """Of each parameter of a layer that is trained: two copies, a gradient and two averages of that, in float32."""
 HELD_OUT = 8
@@ -83,18 +83,19 @@ def _reconstructed(
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Trains the blocks of a layer, one after the other, and puts their weights in; of each, how it went."""
     for block, goal in goals.items():
-
-        def taught(block: str = block, goal: list[Tensor] = goal) -> dict[str, Any]:
-            made = teach(visit, block, goal, teaching)
-            weights = {name: value.to(_parameter(visit, name).dtype) for name, value in made.weights.items()}
-            return {"weights": weights, "learning_rate": made.rate, "before": made.before, "after": made.after}
-
-        made = calibration.once(f"{block} of layer {visit.index}", taught)
+        made = calibration.once(f"{block} of layer {visit.index}", partial(_taught, visit, block, goal, teaching))
         for name, value in made["weights"].items():
             _parameter(visit, name).data.copy_(value)
         visit.forget(block)
         calibration.activations.release(*goal)
         yield block, {name: value for name, value in made.items() if name != "weights"}
+
+
+def _taught(visit: LayerVisit, block: str, goal: list[Tensor], teaching: Teaching) -> dict[str, Any]:
+    """How a block was trained, with its weights in their own dtype, for the journal."""
+    made = teach(visit, block, goal, teaching)
+    weights = {name: value.to(_parameter(visit, name).dtype) for name, value in made.weights.items()}
+    return {"weights": weights, "learning_rate": made.rate, "before": made.before, "after": made.after}
 
 
 def _parameter(visit: LayerVisit, path: str) -> nn.Parameter:
