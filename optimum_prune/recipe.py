@@ -24,7 +24,7 @@ SECTIONS = ("passes", "calibration", "evaluation", "training")
 """Parts of a recipe beside its settings."""
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Texts = Mapping[str, Mapping[str, Any]]
-"""Options of the sections "calibration" and "evaluation"."""
+"""Options of the sections "calibration", "evaluation" and "training"."""
 
 LARGEST_SEED = 2**32 - 1
 """The largest that numpy takes, by which some libraries draw."""
@@ -98,8 +98,7 @@ class Recipe:
         _check_order(self.passes)
         for step in self.passes:
             check_libraries(step)
-        _, evaluation = texts_to_use(self.calibration, self.evaluation)
-        check_apart(self.training, evaluation)
+        check_apart(self.training, *texts_to_use(self.calibration, self.evaluation))
 
     def _check_kinds(self) -> None:
         """Refuses parts of another kind than their own, and takes any sequence of passes for a tuple."""
@@ -217,7 +216,7 @@ class Recipe:
             passes=passes,
             calibration=_text_of(plain, "calibration", texts),
             evaluation=_text_of(plain, "evaluation", texts),
-            training=Training.from_plain(plain.get("training")),
+            training=Training.from_plain(Training.with_text(plain.get("training"), (texts or {}).get("training", {}))),
             settings=settings,
         )
 

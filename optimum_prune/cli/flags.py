@@ -12,13 +12,19 @@ from optimum_prune.machine.given_files import path_of
 from optimum_prune.options import as_plain, build, options_of
 from optimum_prune.recipe import Recipe, Settings
 from optimum_prune.text.text import Text
+from optimum_prune.text.training import Training
 
 CALIBRATION = {"text": "text", "dataset": "dataset", "samples": "samples", "length": "length"}
 EVALUATION = {"eval_text": "text", "eval_samples": "samples", "eval_length": "length"}
+TRAINING = {"train_text": "text", "train_dataset": "dataset"}
 EVALUATION_HELP = {
     "text": "Text to report perplexity on; if not given, windows from the end of the calibration text.",
     "samples": "How many windows to report on; 0 measures nothing.",
     "length": "Tokens of a window to report on; as for calibration if not given.",
+}
+TRAINING_HELP = {
+    "text": "A text file, or a folder of such, for passes that train; the calibration text if not given.",
+    "dataset": "The same as a dataset of the Hub, as NAME[:CONFIG[:SPLIT]].",
 }
 SETTINGS = [field.name for field in dataclasses.fields(Settings)]
 
@@ -53,6 +59,8 @@ def add_common(parser: argparse.ArgumentParser, model_required: bool = False) ->
         add_flag(dataclasses.replace(text_options[name], name=flag), texts)
     for flag, name in EVALUATION.items():
         add_flag(dataclasses.replace(text_options[name], name=flag, help=EVALUATION_HELP[name]), texts)
+    for flag, name in TRAINING.items():
+        add_flag(dataclasses.replace(text_options[name], name=flag, help=TRAINING_HELP[name]), texts)
     _add_quiet(parser)
 
 
@@ -98,7 +106,8 @@ def given(arguments: argparse.Namespace, names: Mapping[str, str]) -> dict[str, 
 
 def texts_given(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """What was given of each text, by its section in a recipe."""
-    return {"calibration": given(arguments, CALIBRATION), "evaluation": given(arguments, EVALUATION)}
+    sections = {"calibration": CALIBRATION, "evaluation": EVALUATION, "training": TRAINING}
+    return {section: given(arguments, names) for section, names in sections.items()}
 
 
 def overridden(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
@@ -108,6 +117,7 @@ def overridden(recipe: Recipe, arguments: argparse.Namespace) -> Recipe:
         settings=_updated(recipe.settings, given(arguments, {name: name for name in SETTINGS}), "the command line"),
         calibration=_updated(recipe.calibration, given(arguments, CALIBRATION), "the command line"),
         evaluation=_updated(recipe.evaluation, given(arguments, EVALUATION), "the command line"),
+        training=Training.from_plain(Training.with_text(as_plain(recipe.training), given(arguments, TRAINING))),
     )
 
 

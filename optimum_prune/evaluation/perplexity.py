@@ -100,12 +100,12 @@ def _perplexity(
 ) -> Perplexity:
     """The perplexity of what maps tokens and mask to logits."""
     losses, speeds = [torch.zeros(0, dtype=torch.float64)], []
-    for tokens, mask in progress.track(windows.share().batches(TOKENS_PER_BATCH), "Evaluating"):
+    for part in progress.track(windows.share().parts(TOKENS_PER_BATCH), "Evaluating"):
         started = time.perf_counter()
-        found = logits(tokens, mask)
-        losses.append(next_token_losses(found, tokens.to(found.device), mask).cpu())
-        speeds.append(tokens.numel() / (time.perf_counter() - started))
-    predicted = int(windows.mask[:, 1:].sum())
+        found = logits(part.tokens, part.mask)
+        losses.append(next_token_losses(found, part.tokens.to(found.device), part.predicted).cpu())
+        speeds.append(part.tokens.numel() / (time.perf_counter() - started))
+    predicted = int(windows.predicted[:, 1:].sum())
     (total,) = processes.all_sums([torch.cat(losses).sum().item()])
     mean = total / predicted
     if not math.isfinite(mean):

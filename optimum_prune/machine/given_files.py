@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,22 @@ def flaw(path: Path, *, piped: bool = False) -> str:
     if not stat.S_ISREG(mode) and not (piped and str(path).startswith(PIPES)):
         return "is no file but a pipe or a device, which may never end"
     return "" if os.access(path, os.R_OK) else "may not be read (Permission denied)"
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder that can be looked into, and not a whole disk."""
+    try:
+        return path.is_dir() and path.resolve().parent != path.resolve() and os.access(path, os.R_OK | os.X_OK)
+    except (OSError, ValueError):
+        return False
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """The files in a folder and in those below it; hidden ones, and what cannot be read, are left out."""
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        below = (Path(place) / name for name in files if not name.startswith("."))
+        yield from (file for file in below if not flaw(file))
 
 
 def beginning(path: Path, size: int) -> bytes:

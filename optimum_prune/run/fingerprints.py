@@ -96,8 +96,9 @@ def windows_fingerprint(windows: Windows | None) -> str:
     if windows is None:
         return "none"
     digest = hashlib.sha256(str(tuple(windows.tokens.shape)).encode())
-    digest.update(windows.tokens.cpu().numpy().tobytes())
-    digest.update(windows.mask.cpu().numpy().tobytes())
+    for part in windows.parts(tensor_files.CHUNK):  # they may be mapped from a file
+        for values in (part.tokens, part.mask, part.predicted):
+            digest.update(values.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

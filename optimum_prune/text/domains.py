@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from optimum_prune.errors import RecipeError, TextError
-from optimum_prune.text.drawing import CHARACTERS_PER_TOKEN, Reader
+from optimum_prune.text.conversations import Conversation
+from optimum_prune.text.drawing import Reader
+from optimum_prune.text.packed import packed
 from optimum_prune.text.text import Text, windows_wanted
-from optimum_prune.text.tokenization import tokenize
 from optimum_prune.text.training import DomainText, Training
 from optimum_prune.text.windows import Domain, Windows
 
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 
 HELD_OUT, PART = 4096, 16
 """Tokens that are held out, over all domains, at most one for so many that are trained on; and at least one window of each."""
-MOST_CHARACTERS = 2**32
-"""More of a text are not read."""
+READ = 4
+"""So many times the tokens that are trained on are read, to choose windows from."""
 
 
 @dataclass(frozen=True)
@@ -62,30 +63,40 @@ class TrainingReader:
 
     def _domain(self, text: DomainText, held_out: int) -> Domain:
         """A domain, of which about so many tokens are held out."""
-        windows, title = self.reader.windows(self._tokens(text), text), self._title(text)
-        apart = max(1, min(held_out // windows.shape[1], len(windows) // 10))
+        title = self._title(text)
+        windows = self._windows(text, title)
+        apart = max(1, min(held_out // windows.length, len(windows) // 10))
         if len(windows) <= apart:
             raise TextError(
                 f"The training text {title} has {len(windows)} windows of {text.length} tokens, too few to train on some and to tell by "
                 f"others how good the model is. Name a longer text, or ask for shorter windows."
             )
-        taught = windows[: len(windows) - apart][: text.samples]
-        bos = self.reader.bos is not None
-        return Domain(
-            title,
-            Windows.from_tokens(taught, title, bos),
-            Windows.from_tokens(windows[len(windows) - apart :], f"the end of {title}", bos),
-            text.weight or 1.0,
-            text.reference,
-        )
+        end = len(windows) - apart
+        taught = windows.part(slice(end if text.samples is None else min(end, text.samples)))
+        held_out_windows = replace(windows.part(slice(end, None)), source=f"the end of {title}")
+        return Domain(title, taught, held_out_windows, text.weight or 1.0, text.reference)
 
     def _title(self, text: DomainText) -> str:
         """What a text is called."""
         return text.title if text.named or text.name else self.chosen.text.describe()
 
-    def _tokens(self, text: DomainText) -> Tensor:
-        """The tokens of a text: those that are not reported on, if it is the one that passes choose by."""
+    def _windows(self, text: DomainText, title: str) -> Windows:
+        """The windows of a text: of those tokens that are not reported on, if it is the one that passes choose by."""
         if not text.named or text.same_text_as(self.chosen.text):
-            return self.chosen.tokens
-        characters = MOST_CHARACTERS if self.tokens is None else CHARACTERS_PER_TOKEN * (self.tokens + HELD_OUT)
-        return tokenize(self.reader.read(text, characters), self.reader.tokenizer)
+            return self._chosen_windows(text, title)
+        most = None if self.tokens is None else READ * (self.tokens + HELD_OUT)
+        found = packed(self.reader, text, text.length or self.chosen.length, most, title)
+        if not len(found):
+            raise TextError(
+                f"The training text {title} is too short for one window of {found.length} tokens. Name a longer text, or ask for shorter windows."
+            )
+        return found
+
+    def _chosen_windows(self, text: DomainText, title: str) -> Windows:
+        if isinstance(next(self.reader.pieces(self.chosen.text), None), Conversation):
+            raise TextError(
+                f"The text {title} holds conversations, of which answers alone are trained on, and passes choose by it as it is. Name another text "
+                f"under 'training', or another under 'calibration'."
+            )
+        tokens = self.reader.windows(self.chosen.tokens, text)
+        return Windows.from_tokens(tokens, title, self.reader.bos is not None)

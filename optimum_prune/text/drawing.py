@@ -8,7 +8,7 @@ reporting never share text: windows for evaluation come from another text, or fr
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from optimum_prune.errors import TextError
-from optimum_prune.text.source import Source, documents, source_of
+from optimum_prune.text.conversations import Conversation
+from optimum_prune.text.source import Source, documents, parts_of
 from optimum_prune.text.text import (
     LENGTH,
     SAMPLES,
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 CHARACTERS = 32 * 1024**2
 """No more of a text is read than this, or than the windows may need at `CHARACTERS_PER_TOKEN`."""
 CHARACTERS_PER_TOKEN = 16
+BETWEEN = "\n\n"
+"""What is put between two documents."""
 WIKITEXT_SIZE = 11_000_000
 """Characters of the text that is read if none is named; what others of the Hub have is not known without a network."""
 
@@ -72,19 +75,34 @@ class Reader:
         Raises:
             TextError: it cannot be read, or is empty.
         """
-        source = source_of(text, self.sources)
         parts, size = [], 0
-        for part in documents(source, text):
-            parts.append(part)
-            size += len(part)
+        for part in self.pieces(text):
+            parts.append(part if isinstance(part, str) else part.written(self.tokenizer))
+            size += len(parts[-1])
             if size > characters:
                 break
-        joined = ("" if source.pieces else "\n\n").join(parts)[:characters]
+        joined = "".join(parts)[:characters]
         if not joined.strip():
             raise TextError(
                 f"The text {text.describe()} is empty. Name one with enough text for a window of {text.length} tokens."
             )
         return joined
+
+    def pieces(self, text: Text) -> Iterator[str | Conversation]:
+        """The documents of a text, in order, with what is put between two; or conversations.
+
+        Raises:
+            TextError: it cannot be read.
+        """
+        between = ""
+        for source, part in parts_of(text, self.sources):
+            for number, document in enumerate(documents(source, part)):
+                if isinstance(document, Conversation):
+                    between = ""
+                elif between and not (source.pieces and number):
+                    yield between
+                yield document
+                between = "" if isinstance(document, Conversation) else BETWEEN
 
     def windows(self, tokens: Int[Tensor, " tokens"], text: Text) -> Int[Tensor, "windows length"]:
         """All the windows of a text, in order.
@@ -194,7 +212,9 @@ def _characters(tokens: int) -> int:
 
 def _size(text: Text) -> int:
     """About how many characters a text has: the bytes of a file, or what is usual on the Hub."""
-    return WIKITEXT_SIZE if text.file is None else text.file.stat().st_size
+    if text.file is None:
+        return WIKITEXT_SIZE
+    return sum(file.stat().st_size for file in text.files or (text.file,))
 
 
 # Which of a text's windows are taken

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from optimum_prune.errors import OptimumPruneError, TextError, found_no_memory, reason, shown, unknown
+from optimum_prune.machine import given_files
+from optimum_prune.text.conversations import Conversation, conversation_in
 from optimum_prune.text.text import Text
 
 
@@ -18,8 +20,8 @@ class Source:
     """
 
     name: str
-    read: Callable[[Text], Iterable[str | None]]
-    """The documents of a text, in order; None for a row that has none."""
+    read: Callable[[Text], Iterable[str | Conversation | None]]
+    """The documents of a text, in order, or conversations, as lists of messages; None for a row that has none."""
     suffixes: tuple[str, ...] = ()
     pieces: bool = False
     """Whether what it reads are the pieces of one document, instead of documents."""
@@ -44,8 +46,27 @@ def source_of(text: Text, sources: Mapping[str, Source]) -> Source:
     return suffixes[suffix]
 
 
-def documents(source: Source, text: Text) -> Iterator[str]:
-    """The documents of a text as its source reads them, without those that are null.
+def parts_of(text: Text, sources: Mapping[str, Source]) -> Iterator[tuple[Source, Text]]:
+    """The source of a text; of a folder, those of the files in it that one reads, by their names, each with the text of its own.
+
+    Raises:
+        TextError: no source reads such a file, or any in the folder.
+    """
+    if text.file is None or not given_files.is_folder(text.file):
+        yield source_of(text, sources), text
+        return
+    suffixes = {suffix: source for source in sources.values() for suffix in source.suffixes}
+    files = [file for file in text.files if file.suffix.lower() in suffixes]
+    if not files:
+        raise TextError(
+            f"No file in the folder {text.file} ends in {', '.join(sorted(suffixes))}. Name another, or convert them."
+        )
+    for file in files:
+        yield suffixes[file.suffix.lower()], replace(text, text=str(file))
+
+
+def documents(source: Source, text: Text) -> Iterator[str | Conversation]:
+    """The documents of a text as its source reads them, or conversations, without those that are null.
 
     Raises:
         TextError: one is no text, or the source fails; the message names the row, or the source.
@@ -53,7 +74,7 @@ def documents(source: Source, text: Text) -> Iterator[str]:
     rows = _guarded(source, text, lambda each: iter(source.read(each)))
     for number, row in enumerate(_guarded_rows(source, text, rows), start=1):
         if row is not None:
-            yield checked(row, f"Row {number} of {text.describe()}", text)
+            yield row if isinstance(row, Conversation) else checked(row, f"Row {number} of {text.describe()}", text)
 
 
 def _guarded_rows(source: Source, text: Text, rows: Iterator[Any]) -> Iterator[Any]:
@@ -76,8 +97,8 @@ def _guarded(source: Source, text: Text, work: Callable[[Text], Any]) -> Any:
         ) from error
 
 
-def checked(row: object, where: str, text: Text) -> str:
-    """A row of a table as a text.
+def checked(row: object, where: str, text: Text) -> str | Conversation:
+    """A row of a table as a text, or as a conversation.
 
     Args:
         where: which row it is, for the error.
@@ -85,6 +106,8 @@ def checked(row: object, where: str, text: Text) -> str:
     Raises:
         TextError: it is something else, or text with half of a character in it.
     """
+    if conversation := conversation_in(row, where):
+        return conversation
     if not isinstance(row, str):
         kinds = {
             bool: "true or false",

@@ -20,11 +20,13 @@ LENGTH = 2048
 class Text:
     """A text, and how many windows of which length are asked of it."""
 
-    text: str | None = option("A text file: .txt, .jsonl (field 'text') or .parquet (column 'text').", None)
+    text: str | None = option(
+        "A text file, .txt, .jsonl (field 'text') or .parquet (column 'text'), or a folder of such.", None
+    )
     dataset: str | None = option(
         "A dataset of the Hugging Face Hub, as NAME[:CONFIG[:SPLIT]]; the split is 'train' if not given.", None
     )
-    column: str = option("The field or column that holds the text.", "text")
+    column: str = option("The field or column that holds the text, or conversations as lists of messages.", "text")
     samples: int | None = option(
         f"How many windows; {SAMPLES} if not given, or as many as there are.", None, at_most=MOST
     )
@@ -44,7 +46,7 @@ class Text:
             raise RecipeError(
                 f"{self.samples} windows are asked for. Give a number of at least 1, or 0 to evaluate nothing."
             )
-        if self.file is not None and (flaw := given_files.flaw(self.file)):
+        if self.file is not None and (flaw := given_files.flaw(self.file)) and not self._holds_files:
             raise TextError(
                 f"The text file {self.text or 'without a name'} {flaw}. Name a .txt, .jsonl or .parquet file."
             )
@@ -53,6 +55,23 @@ class Text:
     def file(self) -> Path | None:
         """The text file, if one is named; option and recipe key call it `text`."""
         return None if self.text is None else given_files.path_of(self.text)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files in the folder that is named, and in those below it, by their names; none of those that are hidden."""
+        if not self._is_folder or self.file is None:
+            return ()
+        return tuple(sorted(given_files.files_below(self.file)))
+
+    @property
+    def _holds_files(self) -> bool:
+        """Whether a folder is named in which there are files."""
+        return self._is_folder and self.file is not None and next(given_files.files_below(self.file), None) is not None
+
+    @property
+    def _is_folder(self) -> bool:
+        """Whether a folder is named, and not by chance: an empty name, and the root of a disk, are no folder of texts."""
+        return bool(self.text) and self.file is not None and given_files.is_folder(self.file)
 
     @property
     def named(self) -> bool:
@@ -74,8 +93,15 @@ class Text:
         return printable(":".join(part for part in (name, config, split) if part))
 
     def is_reported_on(self, evaluation: Text) -> bool:
-        """Whether it is the text that a model is reported on."""
-        return evaluation.named and evaluation.samples != 0 and self.same_text_as(evaluation)
+        """Whether it is the text that a model is reported on, or a folder with it, or a file in it."""
+        return evaluation.named and evaluation.samples != 0 and self.overlaps(evaluation)
+
+    def overlaps(self, other: Text) -> bool:
+        """Whether both name the same text, or one a folder in which the other's is."""
+        if self.file is None or other.file is None:
+            return self.same_text_as(other)
+        mine, its = self.file.resolve(), other.file.resolve()
+        return mine == its or mine in its.parents or its in mine.parents
 
     def same_text_as(self, other: Text) -> bool:
         """Whether both name the same file, or the same split of the same dataset."""

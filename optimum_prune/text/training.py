@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import NoneType
 
 from optimum_prune.errors import RecipeError, shown
 from optimum_prune.options import PARTS, build, option, options_of
 from optimum_prune.text.text import Text
 
 DOMAINS, DYNAMIC = "domains", "dynamic"
+NAMES = ("text", "dataset")
+"""What names a text."""
 SLACK = 0.01
 """By so much may weights miss to sum to 1."""
 
@@ -90,6 +93,14 @@ class Training(Text):
         )
         return replace(build(cls, given, "training"), domains=built, **dynamic)
 
+    @classmethod
+    def with_text(cls, plain: object, given: Mapping[str, object]) -> object:
+        """What a recipe says under `training`, with the text or dataset that is given in place of all that it names."""
+        if not given or not isinstance(plain, (Mapping, NoneType)):
+            return plain
+        kept = {key: value for key, value in (plain or {}).items() if key not in (*NAMES, DOMAINS, DYNAMIC)}
+        return {**kept, **given}
+
     @property
     def measures_references(self) -> bool:
         """Whether the dense model tells what loss of each domain is to be reached."""
@@ -117,15 +128,30 @@ class Training(Text):
             raise RecipeError(f"Two domains are called the same: {', '.join(titles)}. Give each a 'name' of its own.")
 
 
-def check_apart(training: Training, evaluation: Text) -> None:
+def check_apart(training: Training, calibration: Text, evaluation: Text) -> None:
     """Refuses to train on the text that is reported on.
+
+    Args:
+        calibration: the text that passes choose by, whose end is reported on if the evaluation names no text.
 
     Raises:
         RecipeError: one text is both.
     """
     for text in training.texts:
-        if text.named and text.is_reported_on(evaluation):
+        if not text.named:
+            continue
+        if not evaluation.named and evaluation.samples != 0 and _holds(text, calibration):
+            raise RecipeError(
+                f"The training text {text.describe()} holds {calibration.describe()}, whose end is reported on. Name an evaluation text, or what is "
+                f"to be trained on alone."
+            )
+        if text.is_reported_on(evaluation):
             raise RecipeError(
                 f"The training text and the evaluation text are both {text.describe()}. What a model is trained on must not be what it is "
                 f"reported on: name another text."
             )
+
+
+def _holds(text: Text, other: Text) -> bool:
+    """Whether a text is more than another, and that in it; of one that is the same, the end is left out."""
+    return text.overlaps(other) and not text.same_text_as(other)

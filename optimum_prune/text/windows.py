@@ -27,6 +27,13 @@ class Windows:
     """Where the text is from."""
     bos: bool = False
     """Whether each window begins with the beginning-of-sequence token."""
+    counted: Bool[Tensor, "windows length"] | None = None
+    """Of which tokens the predictions count; if None, of all that are no padding."""
+
+    @property
+    def predicted(self) -> Bool[Tensor, "windows length"]:
+        """Of which tokens the predictions count, the first of a window aside, which nothing predicts."""
+        return self.mask if self.counted is None else self.counted
 
     @classmethod
     def from_tokens(
@@ -85,13 +92,17 @@ class Windows:
 
     def part(self, rows: slice | Tensor, tokens: slice = slice(None)) -> Windows:
         """Some of the windows, and of each some of its tokens."""
-        return replace(self, tokens=self.tokens[rows, tokens], mask=self.mask[rows, tokens])
+        counted = None if self.counted is None else self.counted[rows, tokens]
+        return replace(self, tokens=self.tokens[rows, tokens], mask=self.mask[rows, tokens], counted=counted)
+
+    def parts(self, size: int) -> list[Windows]:
+        """As many windows at a time as have about `size` tokens; at least one."""
+        windows = max(1, size // self.length)
+        return [self.part(slice(start, start + windows)) for start in range(0, len(self), windows)]
 
     def batches(self, size: int) -> list[tuple[Int[Tensor, "w length"], Bool[Tensor, "w length"]]]:
-        """Tokens and masks of as many windows at a time as have about `size` tokens; at least one."""
-        windows = max(1, size // self.length)
-        starts = range(0, len(self), windows)
-        return [(self.tokens[start : start + windows], self.mask[start : start + windows]) for start in starts]
+        """The same as tokens and masks."""
+        return [(part.tokens, part.mask) for part in self.parts(size)]
 
     def share(self) -> Windows:
         """The windows that are for this process: one of so many as there are processes. None, if there are fewer windows."""
@@ -109,9 +120,12 @@ class Windows:
 
 def joined(some: Sequence[Windows]) -> Windows:
     """Windows of one length together."""
-    first = some[0]
-    tokens, mask = (torch.cat([getattr(each, name) for each in some]) for name in ("tokens", "mask"))
-    return replace(first, tokens=tokens, mask=mask, source=" and ".join(dict.fromkeys(each.source for each in some)))
+    first, sources = some[0], dict.fromkeys(each.source for each in some)
+    tokens, mask, predicted = (
+        torch.cat([getattr(each, name) for each in some]) for name in ("tokens", "mask", "predicted")
+    )
+    counted = None if all(each.counted is None for each in some) else predicted
+    return replace(first, tokens=tokens, mask=mask, source=" and ".join(sources), counted=counted)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from optimum_prune.errors import TextError, reason
 from optimum_prune.hooks.marker import hookimpl
+from optimum_prune.text.conversations import Conversation
 from optimum_prune.text.source import Source, check_column, checked
 from optimum_prune.text.text import Text
 
@@ -44,7 +45,7 @@ def _read_txt(text: Text) -> Iterator[str]:
                 return
 
 
-def _read_jsonl(text: Text) -> Iterator[str | None]:
+def _read_jsonl(text: Text) -> Iterator[str | Conversation | None]:
     path = _file(text)
     with _opened(path) as lines:
         number = 0
@@ -66,7 +67,7 @@ def _read_jsonl(text: Text) -> Iterator[str | None]:
                 yield checked(document, f"Line {number} of {path}", text)
 
 
-def _read_parquet(text: Text) -> Iterator[str | None]:
+def _read_parquet(text: Text) -> Iterator[str | Conversation | None]:
     import pyarrow
     import pyarrow.parquet
 
@@ -79,16 +80,21 @@ def _read_parquet(text: Text) -> Iterator[str | None]:
             raise TextError(
                 f"The column '{text.column}' of {path} holds {kind}, and no text. Name another as 'column' in the recipe."
             )
+        before = 0
         for batch in table.iter_batches(columns=[text.column]):
-            yield from (document or None for document in batch.column(0).to_pylist())
+            for number, document in enumerate(batch.column(0).to_pylist(), start=before + 1):
+                yield checked(document, f"Row {number} of {path}", text) if document else None
+            before += batch.num_rows
     except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
         raise TextError(f"{path} is not a Parquet file that can be read ({reason(error)}). Name another.") from error
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether a column holds texts, each spelled out or by its number in a list of them; or nothing but nulls."""
+    """Whether a column holds texts, each spelled out or by its number in a list of them; conversations; or nothing but nulls."""
     from pyarrow import types
 
+    if types.is_list(kind) or types.is_large_list(kind):
+        return bool(types.is_struct(kind.value_type))
     kind = kind.value_type if types.is_dictionary(kind) else kind
     return bool(
         types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)
