@@ -8,10 +8,11 @@ TORCH := torch==2.13.0
 # All plugins in one environment, and one for the library that cannot be in it.
 ALL ?= .venv-plugins
 LLM_COMPRESSOR ?= .venv-llm-compressor
-PLUGINS := torchao quanto bitsandbytes gptq auto-round llm-compressor onnx openvino executorch gguf
+PLUGINS := torchao quanto bitsandbytes gptq auto-round llm-compressor onnx openvino executorch gguf peft
 comma := ,
 empty :=
-EXTRAS := $(subst $(empty) $(empty),$(comma),$(PLUGINS))
+# The extra of peft is called after its pass.
+EXTRAS := $(subst $(empty) $(empty),$(comma),$(PLUGINS:peft=lora))
 
 # The oldest versions that pyproject.toml declares and the newest that are published, whatever the constraints say.
 OLDEST ?= .venv-oldest

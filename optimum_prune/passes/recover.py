@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -24,14 +24,21 @@ class Recovery:
 
     decoder: Decoder
     """The pruned model."""
-    teacher: Decoder
-    """The dense model, as it was before the recipe, to look at only; `decoder` again for a pass that needs none."""
+    open_teacher: Callable[[], Decoder]
+    """Gives the dense model, opened again if it is not open."""
     layers: tuple[int, ...]
     """Of each layer of the pruned model, the layer of the dense model that it was."""
     calibration: Calibration
     """The windows that passes choose by."""
     lesson: Lesson | None = None
     """Text to train on, for a pass that trains."""
+    let_teacher_go: Callable[[], None] = lambda: None
+    """Gives back the memory of the dense model, for a pass that has seen enough of it."""
+
+    @property
+    def teacher(self) -> Decoder:
+        """The dense model, as it was before the recipe, to look at only; `decoder` again for a pass that needs none."""
+        return self.open_teacher()
 
 
 class RecoverPass(Pass):

@@ -21,17 +21,14 @@ if TYPE_CHECKING:
     from optimum_prune.anatomy.shape import Shape
     from optimum_prune.anatomy.workload import Cost, Workload
     from optimum_prune.training.lesson import Lesson, Objective
+    from optimum_prune.training.student import Student
 
 TOKENS = 1_000_000
 """What is trained on if no budget is given."""
 FEWEST_STEPS, SMALLEST_STEP, LARGEST_STEP = 64, 2048, 65536
 """A step has a part of all tokens, so that there are so many steps, and between so few and so many tokens."""
-AT_ONCE = 2048
-"""Tokens that run through the model at a time."""
-TRAINED_BYTES = 16
-"""Of each parameter: its value, its gradient and two averages of that, in float32."""
-RATE, RATE_AT = 1e-4, 1024
-"""The learning rate for hidden states of so many features; the more there are, the smaller it is."""
+RATE_AT = 1024
+"""Features of hidden states, for which learning rates are given; the more there are, the smaller they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +36,10 @@ class TrainedPass(RecoverPass):
     """A pass that trains the whole model by transformers' Trainer."""
 
     trains: ClassVar[bool] = True
+    rate: ClassVar[float] = 1e-4
+    """The learning rate at `RATE_AT` features."""
+    trained_bytes: ClassVar[int] = 16
+    """Of each parameter that is trained: its value, its gradient and two averages of that, in float32."""
     steps: int | None = option("How many steps to train.", None, at_least=1)
     tokens: int | None = option(f"The same as tokens of text; {TOKENS:,} if no budget is given.", None, at_least=1)
     epochs: float | None = option("The same as rounds through the training text.", None, above=0)
@@ -49,8 +50,9 @@ class TrainedPass(RecoverPass):
         None,
         at_least=1,
     )
+    micro_batch: int = option("Of these, the tokens that run through the model at a time.", 2048, at_least=1)
     learning_rate: float | None = option(
-        f"The largest; if not given, {RATE} at {RATE_AT} features of hidden states, and less the more there are.",
+        f"The largest; if not given, one for {RATE_AT} features of hidden states, and less the more there are.",
         None,
         above=0,
     )
@@ -77,6 +79,13 @@ class TrainedPass(RecoverPass):
     def objective(self, recovery: Recovery, lesson: Lesson, schedule: Schedule) -> Objective:
         """What the model is trained for."""
 
+    def student(self, decoder: Decoder, lesson: Lesson) -> Student:
+        """What of the model is trained."""
+        from optimum_prune.training.student import Student
+
+        float32 = self._fits(decoder) if self.float32 is None else self.float32
+        return Student(decoder.model, lesson.folder, float32=float32, zeros_stay=self.keep_zeros)
+
     def recover(self, recovery: Recovery) -> Mapping[str, Any]:
         """Trains the pruned model."""
         from optimum_prune.training.engine import train  # transformers' Trainer takes long to import
@@ -86,7 +95,8 @@ class TrainedPass(RecoverPass):
         if lesson.measures_references:
             lesson = lesson.with_references(recovery.teacher.model)
         schedule = self.scheduled(recovery.decoder, lesson)
-        found = dict(train(recovery.decoder.model, lesson, self.objective(recovery, lesson, schedule), schedule))
+        objective = self.objective(recovery, lesson, schedule)
+        found = dict(train(self.student(recovery.decoder, lesson), lesson, objective, schedule))
         return {NOTE: found.pop(NOTE), "trained": found}
 
     def tokens_wanted(self) -> int | None:
@@ -103,7 +113,7 @@ class TrainedPass(RecoverPass):
         part = 0 if self.steps or total is None else total / FEWEST_STEPS
         step = self.batch or int(min(max(part, SMALLEST_STEP), LARGEST_STEP))
         most = max(1, step // length // processes.size())
-        at_once = min(max(1, AT_ONCE // length), most)
+        at_once = min(max(1, self.micro_batch // length), most)
         windows = most // at_once * at_once * processes.size()
         steps = self.steps or (None if total is None else max(1, round(total / (windows * length))))
         return Schedule(
@@ -111,7 +121,7 @@ class TrainedPass(RecoverPass):
             at_once,
             steps=None if self.minutes else steps,
             minutes=self.minutes,
-            learning_rate=self.learning_rate or RATE * RATE_AT / decoder.config.hidden_size,
+            learning_rate=self.learning_rate or self.rate * RATE_AT / decoder.config.hidden_size,
             warmup=self.warmup,
             decay=self.schedule,
             weight_decay=self.weight_decay,
@@ -119,15 +129,13 @@ class TrainedPass(RecoverPass):
             patience=self.patience,
             checkpoint_minutes=self.checkpoint_minutes,
             gradient_checkpointing=self.gradient_checkpointing,
-            float32=self._fits(decoder) if self.float32 is None else self.float32,
-            zeros_stay=self.keep_zeros,
             report_to=self.report_to,
         )
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         """What training takes beside the model: of forward and backward, three times a forward, and what the teacher computes."""
         tokens = self.tokens_wanted() or TOKENS
-        at_once = max(1, AT_ONCE // work.length) * work.length
+        at_once = max(1, self.micro_batch // work.length) * work.length
         few = work.on(at_once // work.length)
         teacher = float(self.needs_teacher)
         computed = few.run_all(shape.layers, tokens, 3 + teacher)
@@ -135,10 +143,14 @@ class TrainedPass(RecoverPass):
         kept = sum(few.run(layer, at_once).memory for layer in shape.layers)
         if self.gradient_checkpointing:
             kept = few.states(len(shape.layers)) + max(few.run(layer, at_once).memory for layer in shape.layers)
-        averaged = shape.parameters * (TRAINED_BYTES if self.float32 is not False else 3 * work.itemsize)
-        return computed.followed_by(replace(predicted, memory=2 * predicted.memory + kept)).with_memory(averaged)
+        spent = replace(predicted, memory=2 * predicted.memory + kept)
+        return computed.followed_by(spent).with_memory(self.trained_memory(shape, work))
+
+    def trained_memory(self, shape: Shape, work: Workload) -> float:
+        """Bytes of what is trained, beside the model."""
+        return shape.parameters * (self.trained_bytes if self.float32 is not False else 3 * work.itemsize)
 
     def _fits(self, decoder: Decoder) -> bool:
         """Whether there is memory for weights in float32, their gradients, and two averages of these."""
         parameters = sum(value.numel() for value in decoder.model.parameters())
-        return bool(TRAINED_BYTES * parameters < free_memory())
+        return bool(self.trained_bytes * parameters < free_memory())

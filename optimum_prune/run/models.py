@@ -16,6 +16,7 @@ from optimum_prune.checkpoint.loading import check_resident, check_rotary
 from optimum_prune.machine.activation_store import MappedActivations
 from optimum_prune.machine.given_files import path_of
 from optimum_prune.machine.mapped_weights import MappedWeights
+from optimum_prune.machine.memory import give_back
 from optimum_prune.machine.watched_files import watched
 from optimum_prune.surgery.cuts import Cuts
 
@@ -90,6 +91,12 @@ class Models:
     def let_teacher_go(self) -> None:
         """Gives back what the dense model takes of memory."""
         self._teacher = None
+
+    def close_teacher(self) -> None:
+        """The same, if it can be opened again."""
+        if not self._source.in_memory:
+            self.let_teacher_go()
+            give_back()
 
     def release(self, module: nn.Module) -> None:
         """Gives back the memory of those weights of a module of the model that lie on disk; they are read again when they are used again."""

@@ -74,8 +74,9 @@ def _recovery(
 ) -> Recovery:
     """What a pass is given."""
     measured = lesson is not None and lesson.measures_references
-    teacher = models.teacher() if step.needs_teacher or measured else decoder
-    return Recovery(decoder, teacher, models.layers, calibration, lesson)
+    if not (step.needs_teacher or measured):
+        return Recovery(decoder, lambda: decoder, models.layers, calibration, lesson)
+    return Recovery(decoder, models.teacher, models.layers, calibration, lesson, models.close_teacher)
 
 
 def _recovered(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 WEIGHTS = "weights.safetensors"
 
 
-def train(model: PreTrainedModel, lesson: Lesson, objective: Objective, schedule: Schedule) -> Mapping[str, Any]:
+def train(student: Student, lesson: Lesson, objective: Objective, schedule: Schedule) -> Mapping[str, Any]:
     """Trains a model in place; it ends as the best that it was by the held-out windows, or, if it never was better, as it began.
 
     A training that was killed goes on from the last state that was kept in the lesson's folder.
@@ -37,9 +37,9 @@ def train(model: PreTrainedModel, lesson: Lesson, objective: Objective, schedule
         Evidence for the report.
     """
     lesson.folder.mkdir(parents=True, exist_ok=True)
-    with torch.random.fork_rng(), _as_before(model, schedule):
-        watch = Watch(Student(model, lesson.folder, float32=schedule.float32), lesson, schedule)
-        try:
+    try:
+        with torch.random.fork_rng(), _as_before(student.model, schedule):
+            watch = Watch(student, lesson, schedule)
             trainer = _Trainer(watch, lesson, objective, schedule)
             checkpoint = latest(lesson.folder)
             if checkpoint is not None:
@@ -47,9 +47,9 @@ def train(model: PreTrainedModel, lesson: Lesson, objective: Objective, schedule
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.accelerator.free_memory()
             return watch.ended()
-        except BaseException:
-            watch.student.give_back(best=False)
-            raise
+    except BaseException:
+        student.give_back(best=False)
+        raise
 
 
 def latest(folder: Path) -> Path | None:
@@ -64,7 +64,7 @@ def _as_before(model: PreTrainedModel, schedule: Schedule) -> Iterator[None]:
     configs = {id(each): each for each in (model.config, model.config.get_text_config(), model.generation_config)}
     before = [(each, getattr(each, "use_cache", None)) for each in configs.values() if each is not None]
     if schedule.gradient_checkpointing:
-        _checkpointing(model, "enable")
+        _checkpointing(model, "enable", {"use_reentrant": False})
     try:
         yield
     finally:
@@ -75,10 +75,10 @@ def _as_before(model: PreTrainedModel, schedule: Schedule) -> Iterator[None]:
         model.eval()
 
 
-def _checkpointing(model: PreTrainedModel, switch: str) -> None:
+def _checkpointing(model: PreTrainedModel, switch: str, *options: Mapping[str, bool]) -> None:
     """Switches on or off that activations are computed again instead of kept; versions of transformers call it otherwise."""
     newer = getattr(model, f"activation_checkpointing_{switch}", None)
-    (newer or getattr(model, f"gradient_checkpointing_{switch}"))()
+    (newer or getattr(model, f"gradient_checkpointing_{switch}"))(*options)
 
 
 class _Positions(Dataset[int]):
@@ -111,7 +111,7 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers declares no types
             callbacks=[watch],
         )
         self.remove_callback(PrinterCallback)
-        self.model_accepts_loss_kwargs = False  # losses are means, of batches of the same size
+        self.model_accepts_loss_kwargs = False  # each loss is a mean, of which batches with more tokens have more
 
     def _get_train_sampler(self, train_dataset: _Positions | None = None) -> Sampler[int]:
         return SequentialSampler(train_dataset or self.train_dataset)
@@ -130,7 +130,8 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers declares no types
             with self._watch.student.computing():
                 return model(input_ids=batch.tokens, use_cache=False, **keywords)
 
-        return self._objective.loss(run, batch)
+        part = len(places) / len(windows) * self._lesson.counted(windows)
+        return self._objective.loss(run, batch) * (len(batch.predicted) / part)
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         place = Path(output_dir or self.args.output_dir)

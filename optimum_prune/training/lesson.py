@@ -89,6 +89,10 @@ class Lesson:
         """The windows of all domains that are not trained on."""
         return joined([domain.held_out for domain in self.domains])
 
+    def counted(self, places: Sequence[tuple[int, int]]) -> int:
+        """How many predictions count in some windows."""
+        return sum(int(self.domains[domain].windows.predicted[number, 1:].sum()) for domain, number in places)
+
     @property
     def windows(self) -> int:
         """How many windows there are to train on."""
@@ -107,6 +111,6 @@ class Lesson:
         """Some windows, each named by its domain and its number there."""
         chosen = [(self.domains[domain].windows, number) for domain, number in places]
         tokens = torch.stack([windows.tokens[number] for windows, number in chosen])
-        counted = torch.stack([windows.mask[number] for windows, number in chosen])
+        counted = torch.stack([windows.predicted[number] for windows, number in chosen])
         counted[:, 0] = False
         return TrainingBatch(tokens.long().to(device), counted.to(device), tuple(places))

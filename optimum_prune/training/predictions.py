@@ -6,7 +6,7 @@ the divergence from it tells nearly the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,10 +59,13 @@ class Precomputed:
         self._found: dict[Place, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
-    def compute(self, teacher: nn.Module, lesson: Lesson, places: Iterable[Place], at_once: int) -> None:
+    def compute(
+        self, open_teacher: Callable[[], nn.Module], lesson: Lesson, places: Iterable[Place], at_once: int
+    ) -> None:
         """Computes what is not there yet.
 
         Args:
+            open_teacher: gives the model that predicts; it is not asked where everything is there.
             places: the windows that will be asked for.
             at_once: so many run through the teacher at a time.
         """
@@ -72,7 +75,7 @@ class Precomputed:
         for number, piece in tracked:
             file = self._folder / f"predictions-{number:06}.safetensors"
             if number % processes.size() == processes.rank() and not _is_whole(file):
-                self._write(file, teacher, lesson, piece, at_once)
+                self._write(file, open_teacher(), lesson, piece, at_once)
         processes.wait()
         for number, piece in enumerate(pieces):
             kept = load_file(self._folder / f"predictions-{number:06}.safetensors")

@@ -38,10 +38,6 @@ class Schedule:
     checkpoint_minutes: float = 10.0
     """Between two states that are kept for a run that is killed."""
     gradient_checkpointing: bool = False
-    float32: bool = True
-    """Whether weights are float32 while they are trained."""
-    zeros_stay: bool = True
-    """Whether the zeros of a matrix of which more than a quarter is zero stay zero."""
     report_to: tuple[str, ...] = ()
     """Trackers, by the names that transformers has for them."""
 

@@ -15,7 +15,7 @@ from optimum_prune.machine import processes, tensor_files
 from optimum_prune.machine.whole_files import whole
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 MANY_ZEROS = 0.25
@@ -29,25 +29,38 @@ class Student:
     Args:
         folder: where weights are kept.
         float32: whether the model's are float32 meanwhile.
+        zeros_stay: whether the zeros of a matrix of which many are zero stay zero.
+        trained: the parameters that are trained, by name; all of them if not given.
     """
 
-    def __init__(self, model: PreTrainedModel, folder: Path, *, float32: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        folder: Path,
+        *,
+        float32: bool,
+        zeros_stay: bool = True,
+        trained: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.model = model
-        self._folder = folder
+        self.folder = folder
         self._dtype = model.dtype
-        self._own = {name: value.data for name, value in model.named_parameters()}
-        self._apart = float32 and model.dtype is not torch.float32
+        self._trained = dict(model.named_parameters()) if trained is None else dict(trained)
+        self._own = {name: value.data for name, value in self._trained.items()}
+        self._masked = masked(self._own) if zeros_stay else {}
+        self._apart = float32 and any(value.dtype is not torch.float32 for value in self._own.values())
         """Whether the weights that it was given stay as they are while it is trained."""
         if not self._apart:
             self._write(GIVEN, {})
-        for value in model.parameters():
+        for value in self._trained.values():
             if value.is_floating_point():
                 value.requires_grad_(True)
                 value.data = value.data.float() if self._apart else value.data
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
-        """Its weights, those that are tied once."""
-        return ((name, value.data) for name, value in self.model.named_parameters())
+        """The weights that are trained, those that are tied once."""
+        return ((name, value.data) for name, value in self._trained.items())
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -56,18 +69,11 @@ class Student:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=half):
             yield
 
-    # Zeros
-
-    def masked(self) -> dict[str, Tensor]:
-        """Of each weight of which many are zero, where they are not."""
-        pairs = ((name, value != 0) for name, value in self.named() if value.ndim > 1)
-        return {name: there for name, there in pairs if 1 - there.float().mean().item() > MANY_ZEROS}
-
     @torch.no_grad()
-    def keep_zeros(self, masked: Mapping[str, Tensor]) -> None:
-        """Makes the weights zero that were so."""
-        for name, there in masked.items():
-            self.model.get_parameter(name).data.mul_(there)
+    def keep_zeros(self) -> None:
+        """Makes the weights zero that are to stay so."""
+        for name, there in self._masked.items():
+            self._trained[name].data.mul_(there)
 
     # The best
 
@@ -78,7 +84,7 @@ class Student:
     def best(self) -> tuple[float, int]:
         """The perplexity of the best that are kept, and after how many steps they came; infinite, if none are."""
         try:
-            with safe_open(self._folder / BEST, "pt") as opened:
+            with safe_open(self.folder / BEST, "pt") as opened:
                 about = opened.metadata()
                 return float(about["perplexity"]), int(about["step"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError):
@@ -87,7 +93,7 @@ class Student:
     def _write(self, name: str, about: Mapping[str, str]) -> None:
         if processes.first():
             weights = {each: value.to(self._own[each].dtype) for each, value in self.named()}
-            with whole(self._folder / name) as partial:
+            with whole(self.folder / name) as partial:
                 tensor_files.write(weights, partial, about)
         processes.wait()
 
@@ -101,9 +107,15 @@ class Student:
 
     def give_back(self, *, best: bool) -> None:
         """Lets the model have its own weights again, with the values of the best if asked, and else those that it was given."""
-        for name, value in self.model.named_parameters():
+        for name, value in self._trained.items():
             value.grad = None
             value.data = self._own[name]
         if best or not self._apart:
-            with safe_open(self._folder / (BEST if best else GIVEN), "pt") as opened:
+            with safe_open(self.folder / (BEST if best else GIVEN), "pt") as opened:
                 self.put({name: opened.get_tensor(name) for name in self._own})
+
+
+def masked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of each matrix of which many values are zero, where they are not."""
+    pairs = ((name, value != 0) for name, value in weights.items() if value.ndim > 1)
+    return {name: there for name, there in pairs if 1 - there.float().mean().item() > MANY_ZEROS}

@@ -38,7 +38,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         self.mixture = lesson.mixture(schedule.windows)
         self._lesson = lesson
         self._schedule = schedule
-        self._masked = student.masked() if schedule.zeros_stay else {}
         self._looks: list[tuple[int, float]] = []
         """Steps, and the held-out perplexity after them."""
         self._losses: list[tuple[int, float, float]] = []
@@ -70,7 +69,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
 
     def on_step_end(self, _: TrainingArguments, state: TrainerState, control: TrainerControl, **__: Any) -> None:
         """Looks how good the model is when it is time to, and decides whether to go on and whether to keep the state."""
-        self.student.keep_zeros(self._masked)
+        self.student.keep_zeros()
         step = state.global_step
         part = self.course.part(step)
         if int(part * self._schedule.looks) > len(self._looks) - 1:

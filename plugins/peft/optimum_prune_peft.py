@@ -1,0 +1,227 @@
+"""peft: low-rank adapters on the linear layers of a pruned model, trained in place of its weights and merged into them in the end.
+
+Hu et al., arXiv 2106.09685. What is trained is a few hundredths of the parameters, so it takes little memory beside the model; whole
+weights, trained by `distill`, recover more of what was lost.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from safetensors.torch import load_file
+
+from optimum_prune import Stage, hookimpl, option
+from optimum_prune.errors import RecipeError
+from optimum_prune.machine import processes, tensor_files
+from optimum_prune.machine.whole_files import whole
+from optimum_prune.passes.imitating import ImitatingPass
+from optimum_prune.training.objectives import Likelihood
+from optimum_prune.training.student import Student, masked
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from optimum_prune import Decoder, Pass, Recovery, Shape, Workload
+    from optimum_prune.training.lesson import Lesson, Objective
+    from optimum_prune.training.schedule import Schedule
+
+NAME = "optimum_prune"
+"""What peft calls the adapter."""
+BASE = "base.safetensors"
+"""The weights that adapters are merged into, as they were."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(ImitatingPass):
+    """Trains low-rank adapters, by the dense model's predictions or by text, and merges them into the weights (peft)."""
+
+    name: ClassVar[str] = "lora"
+    stage = Stage.RECOVER
+    requires: ClassVar[Mapping[str, str]] = {"peft": "peft>=0.18"}
+    rate: ClassVar[float] = 1e-3
+    loss: Literal["distill", "pretrain"] = option(
+        "Train towards the dense model's predictions, or to predict the text.", "distill"
+    )
+    r: int = option("The rank of an adapter.", 16, at_least=1)
+    lora_alpha: float | None = option(
+        "An adapter counts by this over its rank; twice the rank if not given.", None, above=0
+    )
+    lora_dropout: float = option(
+        "The part of an adapter's inputs that is left out at random.", 0.0, at_least=0, below=1
+    )
+    use_rslora: bool = option("Divide lora_alpha by the root of the rank instead.", False)
+    use_dora: bool = option("Train the magnitudes of weights apart from their directions.", False)
+    target_modules: tuple[str, ...] = option("The names of the linear layers that get one; all if not given.", ())
+    experts: bool = option("Let experts get some too whose weights are stored in one tensor.", True)
+    micro_batch: int = option("Of these, the tokens that run through the model at a time.", 512, at_least=1)
+    gradient_checkpointing: bool = option("Compute activations again instead of keeping them.", True)
+    float32: bool = option("Train adapters in float32; the model's own weights keep their dtype.", True)
+
+    @property
+    def needs_teacher(self) -> bool:  # type: ignore[override]
+        """Whether it is trained towards the dense model's predictions."""
+        return self.loss == "distill"
+
+    def objective(self, recovery: Recovery, lesson: Lesson, schedule: Schedule) -> Objective:
+        """The divergence from the dense model's predictions, or the likelihood of the text."""
+        return super().objective(recovery, lesson, schedule) if self.needs_teacher else Likelihood()
+
+    def student(self, decoder: Decoder, lesson: Lesson) -> Student:
+        """The adapters."""
+        return _Adapted(decoder, self, lesson)
+
+    def trained_memory(self, shape: Shape, work: Workload) -> float:
+        """Of the adapters, whose two sides together have at most twice a matrix's parameters over the hidden size, times their rank."""
+        layers = sum(layer.parameters for layer in shape.layers)
+        return 2 * self.r * layers / work.hidden * self.trained_bytes
+
+
+class _Adapted(Student):
+    """A model with adapters, which are trained; they are merged when the best are given back, and else only removed."""
+
+    def __init__(self, decoder: Decoder, step: Lora, lesson: Lesson) -> None:
+        from peft.tuners.lora import LoraModel
+
+        model = decoder.model
+        self._adapted = dict(_adapted(decoder, step))
+        zeros = masked({name: value.data for name, value in self._adapted.items()}) if step.keep_zeros else {}
+        _check_zeros(step, zeros)
+        self._frozen = {name: value.requires_grad for name, value in model.named_parameters()}
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "The following (rank|alpha)_pattern keys"
+            )  # peft's own, of fused experts
+            torch.manual_seed(lesson.seed)
+            self._tuner = LoraModel(model, {NAME: _config(step, self._adapted, model)}, NAME)
+        _let_zeros_stay(model, zeros)
+        self._merged = False
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        super().__init__(model, lesson.folder, float32=step.float32, zeros_stay=False, trained=trained)
+
+    def give_back(self, *, best: bool) -> None:
+        """Merges the best adapters into the model, or lets it be as it was."""
+        if self._merged:
+            self._put_base()
+            return
+        super().give_back(best=best)
+        if best:
+            self._keep_base()
+            self._tuner.merge_and_unload(progressbar=False)
+            self._merged = True
+        else:
+            self._tuner.unload()
+        for name, value in self.model.named_parameters():
+            value.requires_grad_(self._frozen[name])
+
+    def _keep_base(self) -> None:
+        if processes.first():
+            with whole(self.folder / BASE) as partial:
+                tensor_files.write({name: value.data for name, value in self._adapted.items()}, partial)
+        processes.wait()
+
+    @torch.no_grad()
+    def _put_base(self) -> None:
+        for name, value in load_file(self.folder / BASE).items():
+            self.model.get_parameter(name).data.copy_(value)
+
+
+def _adapted(decoder: Decoder, step: Lora) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights that get adapters, by their names: those of linear layers, and of experts, whose tensors have three dimensions."""
+    names = {value: name for name, value in decoder.model.named_parameters()}
+    found = False
+    for layer in decoder.layers:
+        for path, module in layer.module.named_modules():
+            if _is_linear(module) and (not step.target_modules or path.endswith(step.target_modules)):
+                found = True
+                yield names[module.weight], module.weight
+        for value in layer.module.parameters():
+            if value.ndim == 3 and step.experts and not step.target_modules:
+                found = True
+                _check_experts(step)
+                yield names[value], value
+    if not found:
+        raise RecipeError(
+            f"lora found no linear layer to adapt by the names {', '.join(step.target_modules) or 'that there are'}. Look at how the model's are called."
+        )
+
+
+def _check_zeros(step: Lora, zeros: Mapping[str, Tensor]) -> None:
+    """Refuses masks that adapters would act on."""
+    dense = next(iter(zeros), None) if step.use_dora else next((name for name in zeros if zeros[name].ndim > 2), None)
+    if dense is not None:
+        way = "leave out use_dora" if step.use_dora else "give experts false"
+        raise RecipeError(
+            f"Many weights of '{dense}' are zero and are to stay so, and an adapter of that kind would change all. Mend it so: {way}, or give "
+            f"keep_zeros false."
+        )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, (torch.nn.Linear, Conv1D))
+
+
+def _check_experts(step: Lora) -> None:
+    for name, used in (("lora_dropout", step.lora_dropout), ("use_dora", step.use_dora)):
+        if used:
+            raise RecipeError(
+                f"lora has {name}, which peft does not have for experts whose weights are stored in one tensor. Leave it out, or give experts false."
+            )
+
+
+def _config(step: Lora, adapted: Mapping[str, nn.Parameter], model: PreTrainedModel) -> Any:
+    """How peft is told."""
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=step.r,
+        lora_alpha=step.lora_alpha or 2 * step.r,
+        lora_dropout=step.lora_dropout,
+        use_rslora=step.use_rslora,
+        use_dora=step.use_dora,
+        fan_in_fan_out=_in_rows(model),
+        target_modules=[name.rpartition(".")[0] for name, value in adapted.items() if value.ndim == 2],
+        target_parameters=[name for name, value in adapted.items() if value.ndim == 3] or None,
+    )
+
+
+def _in_rows(model: PreTrainedModel) -> bool:
+    """Whether linear layers hold their weights as GPT-2's do, a row for each input."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def _let_zeros_stay(model: PreTrainedModel, zeros: Mapping[str, Tensor]) -> None:
+    """Lets adapters act on no weight that is zero by a mask, while they are trained and when they are merged."""
+    for name, there in zeros.items():
+        _mask(model.get_submodule(name.rpartition(".")[0]), there)
+
+
+def _mask(adapted: Any, there: Tensor) -> None:
+    """Lets the adapter of a linear layer act only through these of its weights."""
+    whole_delta, in_rows = adapted.get_delta_weight, adapted.fan_in_fan_out
+
+    def delta(name: str) -> Tensor:
+        found: Tensor = whole_delta(name) * there
+        return found
+
+    def forward(inputs: Tensor) -> Tensor:
+        weight = delta(NAME).to(inputs.dtype)
+        moved = torch.nn.functional.linear(adapted.lora_dropout[NAME](inputs), weight.T if in_rows else weight)
+        outputs: Tensor = adapted.base_layer(inputs)
+        return outputs + moved.to(outputs.dtype)
+
+    adapted.get_delta_weight, adapted.forward = delta, forward
+
+
+@hookimpl
+def passes() -> list[type[Pass]]:
+    """The pass of this file."""
+    return [Lora]
