@@ -20,6 +20,7 @@ from optimum_prune.plan.source import ModelSource, open_source
 from optimum_prune.recipe import DType, Recipe, Settings
 from optimum_prune.run.compress import compress
 from optimum_prune.text.text import Text
+from optimum_prune.text.training import Training
 from optimum_prune.text.windows import Texts, Windows
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class Pruner:
         *passes: Pass,
         calibration: Given = None,
         evaluation: Given = None,
+        training: Training | Text | str | Path | None = None,
         save_dir: str | Path,
         overwrite: bool = False,
         resume: bool = False,
@@ -99,6 +101,7 @@ class Pruner:
             calibration: what to choose by: windows of tokens, or a calibration with such, a text, or the name of a text file;
                 WikiText-2 if not given.
             evaluation: what to report on; if not given, the end of the calibration text, or nothing if that is windows.
+            training: what passes that train are trained on, if anything else than that.
             save_dir: the output folder.
             overwrite: replace it if it exists.
             resume: refuse to begin anew where a run that ended early is of another model, text or options.
@@ -113,7 +116,11 @@ class Pruner:
         """
         texts = _texts(calibration, evaluation, length_limit(self.source.config.get_text_config()))
         recipe = Recipe(
-            passes=passes, calibration=_text(calibration), evaluation=_text(evaluation), settings=self.settings
+            passes=passes,
+            calibration=_text(calibration),
+            evaluation=_text(evaluation),
+            training=training if isinstance(training, Training) else Training.of(_text(training)),
+            settings=self.settings,
         )
         compress(
             recipe,

@@ -44,7 +44,7 @@ def token_losses(
     positions = max(1, LOGITS_PER_CHUNK // logits.shape[-1])
     starts = range(0, len(tokens) - 1, positions)
     chunks = ((logits[:-1][start : start + positions], tokens[1:][start : start + positions]) for start in starts)
-    losses = (cross_entropy(some.float(), target.to(some.device), reduction="none") for some, target in chunks)
+    losses = (cross_entropy(some.float(), target.to(some.device).long(), reduction="none") for some, target in chunks)
     return torch.cat(list(losses))[counted]
 
 

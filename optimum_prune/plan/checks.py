@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,8 @@ from optimum_prune.text.windows import Texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from optimum_prune.recipe import Recipe
 
 
 def foresee(steps: Iterable[Pass], shape: Shape) -> tuple[Shape, ...]:
@@ -76,9 +79,9 @@ def check_texts(texts: Texts, config: PreTrainedConfig) -> None:
     Raises:
         RecipeError: the model does not know one of their tokens.
     """
-    largest = max(
-        int(windows.tokens.max()) for windows in (texts.calibration, texts.evaluation) if windows is not None
-    )
+    taught = [windows for domain in texts.training for windows in (domain.windows, domain.held_out)]
+    every = (texts.calibration, texts.evaluation, *taught)
+    largest = max(int(windows.tokens.max()) for windows in every if windows is not None)
     if largest >= config.vocab_size:
         raise RecipeError(
             f"The text has the token {largest}, and the model knows {config.vocab_size}. Use the tokenizer that belongs to the model."
@@ -100,4 +103,20 @@ def check_disk(folder: Path, needed: int) -> None:
         raise OutputError(
             f"The compressed model takes {needed / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} GB left. Make room, or name an "
             f"--output elsewhere."
+        )
+
+
+def check_launch(recipe: Recipe) -> None:
+    """Refuses to train a model that processes would share out among them: each is to hold all of it.
+
+    Raises:
+        RecipeError: accelerate was told to.
+    """
+    ways = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
+    asked = [way for name, way in ways.items() if os.environ.get(name, "").lower() in ("1", "true", "yes")]
+    trained = [step.name for step in recipe.passes if step.trains]
+    if asked and trained:
+        raise RecipeError(
+            f"accelerate is to share out the model among processes by {asked[0]}, and '{trained[0]}' trains one that each process holds whole. "
+            f"Launch it without {asked[0]}; where memory is short, take 'lora' or 'reconstruct'."
         )

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from optimum_prune.checkpoint.opening import length_limit
 from optimum_prune.checkpoint.quiet import in_float32
 from optimum_prune.conversion.interpreter import check_environment
@@ -16,7 +18,7 @@ from optimum_prune.machine import interrupts, processes
 from optimum_prune.machine.given_files import named
 from optimum_prune.machine.memory import Meter, give_back
 from optimum_prune.machine.progress import Progress
-from optimum_prune.plan.checks import check_disk, check_texts
+from optimum_prune.plan.checks import check_disk, check_launch, check_texts
 from optimum_prune.plan.plan import Plan, make_plan
 from optimum_prune.plan.source import ModelSource, open_source
 from optimum_prune.recipe import Recipe
@@ -29,9 +31,9 @@ from optimum_prune.run.output import check_output, hidden_output, mend, move_bes
 from optimum_prune.run.ownership import check_unfinished
 from optimum_prune.run.run import Run
 from optimum_prune.run.unfinished import Unfinished, unfinished_folder
-from optimum_prune.text.domains import Chosen, TrainingReader
+from optimum_prune.text.domains import Chosen, TrainingReader, apart
 from optimum_prune.text.drawing import Reader, draw
-from optimum_prune.text.text import texts_to_use
+from optimum_prune.text.text import Text, texts_to_use
 from optimum_prune.text.windows import Texts
 
 
@@ -70,7 +72,7 @@ def compress(
     inputs = (*recipe.inputs, *([] if source.source is None else [Path(source.source)]))
     with in_float32(), Meter() as meter, hidden_output(output, overwrite, inputs) as hidden:
         plan = make_plan(recipe, plugins, source, texts)
-        texts = processes.broadcast_from_first(lambda: texts or _drawn(plan, plugins, progress))
+        texts = processes.broadcast_from_first(lambda: _texts(plan, plugins, progress, texts))
         for name in hidden.left:
             progress.say(f"Removed {name}, which a run on another host, that was killed, had left beside the output.")
         unfinished = Unfinished(output, identity(plan, texts))
@@ -102,7 +104,7 @@ def _check(recipe: Recipe, output: Path, overwrite: bool) -> None:
 
     Raises:
         OutputError: the output must not be written.
-        RecipeError: the interpreter of a pass cannot be used.
+        RecipeError: the interpreter of a pass cannot be used, or processes would share out a model that is to be trained.
     """
     try:
         check_output(output, overwrite, recipe.inputs)
@@ -113,6 +115,7 @@ def _check(recipe: Recipe, output: Path, overwrite: bool) -> None:
     check_unfinished(unfinished_folder(output))
     for step in recipe.passes:
         check_environment(step)
+    check_launch(recipe)
 
 
 def _write_report(run: Run, report: Report, output: Path) -> Report:
@@ -132,24 +135,28 @@ def _write_report(run: Run, report: Report, output: Path) -> Report:
         ) from error
 
 
-def _drawn(plan: Plan, plugins: Plugins, progress: Progress) -> Texts:
-    """The token windows of the texts that a recipe names."""
+def _texts(plan: Plan, plugins: Plugins, progress: Progress, given: Texts | None) -> Texts:
+    """The token windows that are given, and those of the texts that a recipe names."""
     recipe, source = plan.recipe, plan.source
+    taught = recipe.training.texts if recipe.trains and not (given and given.training) else ()
+    if given is not None and not any(text.named for text in taught):
+        return replace(given, training=(apart("the training text", given.calibration),)) if taught else given
     if source.tokenizer is None:
         raise RecipeError(
             f"{source.name} has no tokenizer to read a text with. Give the windows of tokens themselves."
         )
     reader = Reader(source.tokenizer, plugins.sources, length_limit(plan.config))
-    taught = recipe.training.texts if recipe.trains else ()
-    named = (*texts_to_use(recipe.calibration, recipe.evaluation), *taught)
-    with progress.libraries(datasets=any(text.named and text.file is None for text in named)):
-        drawn = draw(recipe.calibration, recipe.evaluation, reader, recipe.settings.seed)
-        texts = Texts(drawn.calibration, drawn.evaluation)
+    chosen = () if given is not None else texts_to_use(recipe.calibration, recipe.evaluation)
+    with progress.libraries(datasets=any(text.named and text.file is None for text in (*chosen, *taught))):
+        if given is None:
+            drawn = draw(recipe.calibration, recipe.evaluation, reader, recipe.settings.seed)
+            texts = Texts(drawn.calibration, drawn.evaluation)
+            by = Chosen(drawn.text, drawn.tokens, drawn.calibration.length)
+        else:
+            texts, by = given, Chosen(Text(), torch.zeros(0, dtype=torch.long), given.calibration.length)
         if not taught:
             return texts
-        chosen = Chosen(drawn.text, drawn.tokens, drawn.calibration.length)
-        domains = TrainingReader(reader, chosen, recipe.tokens_wanted()).domains(recipe.training)
-        return replace(texts, training=domains)
+        return replace(texts, training=TrainingReader(reader, by, recipe.tokens_wanted()).domains(recipe.training))
 
 
 def _carried_out(run: Run, resume: bool) -> Report:

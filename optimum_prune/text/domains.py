@@ -64,17 +64,9 @@ class TrainingReader:
     def _domain(self, text: DomainText, held_out: int) -> Domain:
         """A domain, of which about so many tokens are held out."""
         title = self._title(text)
-        windows = self._windows(text, title)
-        apart = max(1, min(held_out // windows.length, len(windows) // 10))
-        if len(windows) <= apart:
-            raise TextError(
-                f"The training text {title} has {len(windows)} windows of {text.length} tokens, too few to train on some and to tell by "
-                f"others how good the model is. Name a longer text, or ask for shorter windows."
-            )
-        end = len(windows) - apart
-        taught = windows.part(slice(end if text.samples is None else min(end, text.samples)))
-        held_out_windows = replace(windows.part(slice(end, None)), source=f"the end of {title}")
-        return Domain(title, taught, held_out_windows, text.weight or 1.0, text.reference)
+        domain = apart(title, self._windows(text, title), held_out)
+        taught = domain.windows if text.samples is None else domain.windows.part(slice(text.samples))
+        return replace(domain, windows=taught, weight=text.weight or 1.0, reference=text.reference)
 
     def _title(self, text: DomainText) -> str:
         """What a text is called."""
@@ -100,3 +92,21 @@ class TrainingReader:
             )
         tokens = self.reader.windows(self.chosen.tokens, text)
         return Windows.from_tokens(tokens, title, self.reader.bos is not None)
+
+
+def apart(title: str, windows: Windows, held_out: int = HELD_OUT) -> Domain:
+    """Windows as a domain, of which those at the end, with about so many tokens, are held out; a tenth at most, and one at least.
+
+    Raises:
+        TextError: there are too few.
+    """
+    kept_back = max(1, min(held_out // windows.length, len(windows) // 10))
+    if len(windows) <= kept_back:
+        raise TextError(
+            f"The training text {title} has {len(windows)} windows of {windows.length} tokens, too few to train on some and to tell by "
+            f"others how good the model is. Name a longer text, or ask for shorter windows."
+        )
+    end = len(windows) - kept_back
+    return Domain(
+        title, windows.part(slice(end)), replace(windows.part(slice(end, None)), source=f"the end of {title}")
+    )

@@ -94,6 +94,11 @@ class Training(Text):
         return replace(build(cls, given, "training"), domains=built, **dynamic)
 
     @classmethod
+    def of(cls, text: Text) -> Training:
+        """A text to train on."""
+        return cls(**{name: getattr(text, name) for name in options_of(Text)})
+
+    @classmethod
     def with_text(cls, plain: object, given: Mapping[str, object]) -> object:
         """What a recipe says under `training`, with the text or dataset that is given in place of all that it names."""
         if not given or not isinstance(plain, (Mapping, NoneType)):

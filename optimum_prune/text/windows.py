@@ -156,7 +156,8 @@ class Texts:
         Raises:
             TextError: they are none.
         """
-        for windows in (self.calibration, self.evaluation):
+        taught = [windows for domain in self.training for windows in (domain.windows, domain.held_out)]
+        for windows in (self.calibration, self.evaluation, *taught):
             if isinstance(windows, Windows):
                 windows.check(longest)
             elif windows is not None or self.calibration is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 import yaml
 from folder_passes import Archive
 
-from optimum_prune import Depth, Osscar, Recipe, Settings, Text, compress, load_model
+from optimum_prune import Depth, Osscar, Pruner, Recipe, Settings, Text, compress, load_model
 from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
 from optimum_prune.builtin.recover.distill import Distill
@@ -24,7 +25,7 @@ from optimum_prune.errors import RecipeError, TextError
 from optimum_prune.plan.forecast import forecast
 from optimum_prune.report.report import Report
 from optimum_prune.text.training import DomainText, Training
-from optimum_prune.text.windows import Domain, Windows
+from optimum_prune.text.windows import Domain, Texts, Windows
 from optimum_prune.training.lesson import Lesson
 from optimum_prune.training.watch import Watch
 
@@ -303,3 +304,67 @@ def test_two_processes_train_as_one_does(checkpoints, text_file, other_text_file
         assert ran.returncode == 0, ran.stderr
         found.append([loss for _, loss, _ in trained(Report.read(out))["losses"]])
     assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
+# What is given in Python, and how it is launched
+
+
+def test_windows_that_are_given_are_trained_on_less_some_of_them(llama, tmp_path):
+    windows = tiny.windows(40, 32)
+    Pruner.from_pretrained(llama).prune(DEPTH, Pretrain(**SHORT), calibration=windows, save_dir=tmp_path / "out")
+    found = trained(Report.read(tmp_path / "out"))
+    assert found["held_out"]["text"] == "the end of the training text"
+    assert found["steps"] == 12
+
+
+def test_a_text_to_train_on_may_be_given_beside_windows(llama, other_text_file, tmp_path):
+    pruner, windows = Pruner.from_pretrained(llama), tiny.windows(8, 32)
+    pruner.prune(
+        DEPTH, Pretrain(**SHORT), calibration=windows, training=str(other_text_file), save_dir=tmp_path / "out"
+    )
+    assert trained(Report.read(tmp_path / "out"))["held_out"]["text"] == f"the end of {other_text_file.name}"
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(llama, tmp_path):
+    windows = tiny.windows(20, 32)
+    strange = replace(windows, tokens=windows.tokens + tiny.VOCABULARY)
+    texts = Texts(windows, None, (Domain("strange", windows, strange),))
+    recipe = Recipe(passes=(DEPTH, Pretrain(**SHORT)), settings=Settings(model=str(llama)))
+    with pytest.raises(RecipeError, match="Use the tokenizer that belongs to the model"):
+        compress(recipe, tmp_path / "out", texts=texts)
+
+
+@pytest.mark.parametrize("way", ["FSDP", "DEEPSPEED"])
+def test_a_model_that_processes_would_share_out_is_not_trained(way, recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{way}", "true")
+    with pytest.raises(RecipeError, match="trains one that each process holds whole"):
+        compress(recipe(DEPTH, Pretrain()), tmp_path / "out")
+
+
+def test_hidden_states_come_nearer_where_they_count(recipe, tmp_path):
+    report = compress(recipe(DEPTH, Distill(**SHORT, hidden=1.0)), tmp_path / "out")
+    losses = [loss for _, loss, _ in trained(report)["losses"]]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    with pytest.raises(RecipeError, match="Leave out 'hidden', or 'precompute'"):
+        Distill(hidden=1.0, precompute=True)
+
+
+def test_answers_alone_are_trained_on(checkpoints, text_file, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(checkpoints("llama"), model)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }} {{ m.content }} . {% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    turns = [[tiny.text(12, seed=2 * n), tiny.text(12, seed=2 * n + 1)] for n in range(60)]
+    rows = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in turns]
+    (tmp_path / "chat.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+    recipe = Recipe(
+        passes=(DEPTH, Distill(**SHORT, precompute=True)),
+        calibration=Text(text=str(text_file), samples=8, length=16),
+        evaluation=Text(samples=2),
+        training=Training(text=str(tmp_path / "chat.jsonl"), column="messages", length=32),
+        settings=Settings(model=str(model)),
+    )
+    found = trained(compress(recipe, tmp_path / "out"))
+    assert found["steps"] == 12
+    assert found["losses"][-1][1] < found["losses"][0][1]
