@@ -22,7 +22,7 @@ OLDEST_EXPORT ?= .venv-oldest-export
 TINY := tests --ignore tests/test_real_model.py
 ONNX := --editable plugins/onnx
 
-.PHONY: demo test test-versions check check-plugins lint format readme grid clean
+.PHONY: demo test test-versions check check-plugins lint format readme grid recovery clean
 
 # The main job on a real model and real text, both from the package registry.
 demo: $(DEMO)/evaluation.txt
@@ -61,6 +61,12 @@ readme: $(ALL)/ready
 grid: $(ALL)/ready $(LLM_COMPRESSOR)/ready $(DEMO)/evaluation.txt
 	OPTIMUM_PRUNE_PYTHON_LLM_COMPRESSOR=$(CURDIR)/$(LLM_COMPRESSOR)/bin/python $(ALL)/bin/python examples/benchmarks/grid.py $(DEMO)/model/*.gguf $(DEMO)/calibration.txt $(DEMO)/evaluation.txt $(DEMO)/grid \
 		--readme README.md
+
+# What each way to recover brings back, into the README; takes about an hour. Name a text of another kind to train on, and others to judge by.
+TRAINING ?= $(DEMO)/calibration.txt
+JUDGED ?= $(DEMO)/evaluation.txt
+recovery: $(ALL)/ready $(DEMO)/evaluation.txt
+	$(ALL)/bin/python examples/benchmarks/recovery.py $(DEMO)/model/*.gguf $(DEMO)/calibration.txt $(TRAINING) $(DEMO)/recovery $(JUDGED) --readme README.md
 
 $(DEMO)/evaluation.txt: $(VENV)/ready examples/fetch_model_and_text.py
 	$(BIN)/python examples/fetch_model_and_text.py $(DEMO)

@@ -115,13 +115,12 @@ class Pruner:
             OptimumPruneError: whatever a user can mend; then there is no output folder.
         """
         texts = _texts(calibration, evaluation, length_limit(self.source.config.get_text_config()))
-        recipe = Recipe(
-            passes=passes,
-            calibration=_text(calibration),
-            evaluation=_text(evaluation),
-            training=training if isinstance(training, Training) else Training.of(_text(training)),
-            settings=self.settings,
-        )
+        named: dict[str, Any] = {
+            "calibration": _text(calibration),
+            "evaluation": _text(evaluation),
+            "training": _training(training),
+        }
+        recipe = Recipe(passes=passes, settings=self.settings, **named)
         compress(
             recipe,
             save_dir,
@@ -190,6 +189,11 @@ def _text(given: Given) -> Text:
     raise RecipeError(
         f"A text is given as {shown(given)}, which is none. Give the name of a text file, a Text, or Windows.from_tokens(tokens)."
     )
+
+
+def _training(given: Training | Text | str | Path | None) -> Training:
+    """The text to train on that is given; else one that names nothing."""
+    return given if isinstance(given, Training) else Training.of(_text(given))
 
 
 def _checked(tokenizer: Any) -> PreTrainedTokenizerBase | None:

@@ -86,6 +86,10 @@ class Pass(ABC):
         """
         return None
 
+    def remark(self, shape: Shape) -> str:  # noqa: ARG002 - whoever has something to say needs it
+        """A sentence for `compress plan` about what it will do to a model of this shape on this machine; empty for none."""
+        return ""
+
     @property
     def needs_text(self) -> bool:
         """Whether what it does depends on the calibration windows."""

@@ -146,6 +146,20 @@ class TrainedPass(RecoverPass):
         spent = replace(predicted, memory=2 * predicted.memory + kept)
         return computed.followed_by(spent).with_memory(self.trained_memory(shape, work))
 
+    def remark(self, shape: Shape) -> str:
+        """How long it trains, and in which dtype."""
+        tokens = self.tokens_wanted()
+        rounds = f"in {self.epochs:g} rounds through its text" if self.epochs else f"for {self.minutes or 0:g} minutes"
+        budget = rounds if tokens is None else f"on {tokens:,} tokens"
+        needed = self.trained_bytes * shape.parameters
+        fits = needed < free_memory() if self.float32 is None else self.float32
+        kept = f"kept in float32 meanwhile, {needed / 1e9:,.2f} GB with gradients and averages"
+        if not fits:
+            kept = (
+                f"left in their dtype: in float32 they would take {needed / 1e9:,.2f} GB with gradients and averages"
+            )
+        return f"{self.name} trains {budget}, with weights {kept}."
+
     def trained_memory(self, shape: Shape, work: Workload) -> float:
         """Bytes of what is trained, beside the model."""
         return shape.parameters * (self.trained_bytes if self.float32 is not False else 3 * work.itemsize)

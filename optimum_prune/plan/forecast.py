@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from optimum_prune.anatomy.axes import KINDS
 from optimum_prune.anatomy.shape import FEED_FORWARD
 from optimum_prune.machine import processes
+from optimum_prune.machine.isolation import guarded
 from optimum_prune.machine.progress import Progress
+from optimum_prune.passes.base import Pass
 from optimum_prune.plan import speed
 from optimum_prune.plan.plan import make_plan
 from optimum_prune.plan.planner import Phase, Planner
@@ -39,6 +41,8 @@ class Forecast:
     device: str
     disk: int
     """Bytes that are written, at most at one time."""
+    words: tuple[str, ...] = ()
+    """What passes say of themselves."""
 
     @property
     def memory(self) -> int:
@@ -91,6 +95,7 @@ class Forecast:
             f"In all about {self.memory / 1e9:,.2f} GB of memory,{at_most} about {duration(self.seconds)}{without}, and "
             f"{self.disk / 1e9:,.2f} GB on disk.",
         ]
+        remarks += self.words
         if self.memory > free:
             remedy = (
                 "ask for fewer or shorter windows"
@@ -172,6 +177,7 @@ def forecast(recipe: Recipe, plugins: Plugins) -> Forecast:
         plan = make_plan(recipe, plugins, source)
     planner = Planner(plan, speed.measured(plan.dtype, plan.device))
     phases = tuple(planner.phases())
+    words = [_word(step, shape) for step, shape in zip(recipe.in_memory, plan.shapes, strict=False)]
     return Forecast(
         model=source.name,
         phases=phases,
@@ -183,7 +189,14 @@ def forecast(recipe: Recipe, plugins: Plugins) -> Forecast:
         offloaded=plan.offloads,
         device=plan.device,
         disk=planner.disk,
+        words=tuple(filter(None, words)),
     )
+
+
+def _word(step: Pass, shape: Shape) -> str:
+    """What a pass says of itself."""
+    with guarded(f"The pass '{step.name}'"):
+        return str(step.remark(shape))
 
 
 def duration(seconds: float) -> str:

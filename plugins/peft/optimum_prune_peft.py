@@ -75,6 +75,10 @@ class Lora(ImitatingPass):
         """The adapters."""
         return _Adapted(decoder, self, lesson)
 
+    def remark(self, _: Shape) -> str:
+        """Nothing: adapters are small."""
+        return ""
+
     def trained_memory(self, shape: Shape, work: Workload) -> float:
         """Of the adapters, whose two sides together have at most twice a matrix's parameters over the hidden size, times their rank."""
         layers = sum(layer.parameters for layer in shape.layers)

@@ -368,3 +368,18 @@ def test_answers_alone_are_trained_on(checkpoints, text_file, tmp_path):
     found = trained(compress(recipe, tmp_path / "out"))
     assert found["steps"] == 12
     assert found["losses"][-1][1] < found["losses"][0][1]
+
+
+@pytest.mark.parametrize(
+    ("step", "free", "why"),
+    [
+        (Distill(), 10**12, "on 1,000,000 tokens, with weights kept in float32 meanwhile"),
+        (Distill(minutes=5), 10**3, "for 5 minutes, with weights left in their dtype"),
+        (Pretrain(epochs=2, float32=True), 10**3, "in 2 rounds through its text, with weights kept in float32"),
+        (Pretrain(float32=False), 10**12, "left in their dtype"),
+    ],
+)
+def test_a_plan_says_how_long_and_in_which_dtype_it_trains(step, free, why, recipe, plugins, monkeypatch):
+    monkeypatch.setattr("optimum_prune.passes.trained.free_memory", lambda: free)
+    (word,) = forecast(recipe(DEPTH, step), plugins).words
+    assert why in word

@@ -1,0 +1,108 @@
+"""What recovery brings back: a model without layers, recovered by each method on the same tokens, judged on texts that none was trained on.
+
+    python examples/benchmarks/recovery.py MODEL CALIBRATION_TEXT TRAINING_TEXT WORK TEXT [TEXT ...] [--tokens 131072] [--readme README.md]
+
+Every recipe runs in a process of its own; what is finished in WORK is not run again. Perplexities are of windows of 256 tokens; under
+each is its part of that of the model that was only pruned. Seconds and memory are those of the passes that recover.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+DROPPED = [13, 14, 15, 16, 17, 18]
+"""Layers of SmolLM2-135M, the fifth that costs the least in one piece."""
+BEGIN, END = "<!-- recovery -->", "<!-- /recovery -->"
+HEADER = ["recovery", "seconds", "GB"]
+
+
+def recipes(tokens: int) -> dict[str, list]:
+    """The passes that recover, by what the table calls them."""
+    budget = {"tokens": tokens, "batch": 2048}
+    each = {name: {name: budget} for name in ("lora", "pretrain", "distill")}
+    alone = {name: [step] for name, step in each.items()}
+    after = {f"reconstruct, {name}": [{"reconstruct": {}}, step] for name, step in each.items()}
+    return {"none": [], "reconstruct": [{"reconstruct": {}}], **alone, **after}
+
+
+def run(command: list) -> str:
+    """What a command of the program printed; its last line is shown if it fails."""
+    done = subprocess.run(
+        [sys.executable, "-m", "optimum_prune", "compress", *map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        sys.exit(done.stderr.strip().split("\n")[-1])
+    return done.stdout
+
+
+def recovered(name: str, passes: list, options: argparse.Namespace) -> Path:
+    """The folder of the model that a recipe leaves."""
+    output = options.work / name.replace(", ", "-")
+    if not (output / "compression").is_dir():
+        recipe = {
+            "dtype": "bfloat16",
+            "calibration": {"samples": 128, "length": 512},
+            "evaluation": {"samples": 0},
+            "training": {"text": str(options.training), "length": 256},
+            "passes": [{"depth": {"drop": DROPPED}}, *passes],
+        }
+        file = options.work / f"{output.name}.yaml"
+        file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        run(["run", file, "--model", options.model, "--text", options.calibration, "--output", output, "--quiet"])
+    return output
+
+
+def perplexities(model: Path, options: argparse.Namespace) -> list[float]:
+    """Of a model, on each of the texts."""
+    flags = ["--samples", 200, "--length", 256, "--dtype", "bfloat16", "--json"]
+    return [json.loads(run(["evaluate", model, "--text", text, *flags]))["perplexity"] for text in options.texts]
+
+
+def cost(folder: Path) -> tuple[float, float]:
+    """Seconds and gigabytes of the passes behind the first."""
+    passes = json.loads((folder / "compression/report.json").read_text())["passes"][1:]
+    return sum(each["seconds"] for each in passes), max((each["peak_memory"] for each in passes), default=0) / 1e9
+
+
+def table(options: argparse.Namespace) -> str:
+    """The table, row by row as it is measured."""
+    rows = [HEADER + [Path(text).stem for text in options.texts]]
+    dense = perplexities(options.model, options)
+    rows.append(["dense model", "", "", *(f"{value:.2f}" for value in dense)])
+    pruned: list[float] = []
+    for name, passes in recipes(options.tokens).items():
+        folder = recovered(name, passes, options)
+        found, (seconds, memory) = perplexities(folder, options), cost(folder)
+        pruned = pruned or found
+        shares = [f"{value:.2f} ({value / before:.2f})" for value, before in zip(found, pruned, strict=True)]
+        rows.append([name, f"{seconds:,.0f}" if passes else "", f"{memory:.2f}" if passes else "", *shares])
+        print(" | ".join(rows[-1]), flush=True)
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "calibration", "training", "work"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("texts", nargs="+")
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--readme", type=Path)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    found = table(options)
+    print(found)
+    if options.readme:
+        before, _, rest = options.readme.read_text(encoding="utf-8").partition(BEGIN)
+        options.readme.write_text(f"{before}{BEGIN}\n{found}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
