@@ -39,7 +39,9 @@ MAIN = "from optimum.commands.optimum_cli import main; main()"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path, help="Folder of the pruned checkpoint.")
     parser.add_argument(
         "--onnx-python", metavar="PYTHON", help="Interpreter of an environment with optimum-onnx and onnxruntime."

@@ -84,9 +84,13 @@ def unknown(kind: str, name: object, known: Iterable[str], noun: str = "Known") 
     "No pass is called 'oscar'. Did you mean 'osscar'? Installed: depth, osscar."
     """
     names, given = sorted(known), printable(cut(str(name), LONGEST_NAME))
-    close = get_close_matches(given, names, n=1, cutoff=0.5)
-    hint = f" Did you mean '{close[0]}'?" if close else ""
-    return f"No {kind} is called '{given}'.{hint} {noun}: {', '.join(names) or 'none'}."
+    return f"No {kind} is called '{given}'.{meant(given, names)} {noun}: {', '.join(names) or 'none'}."
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """The question whether the nearest of the names that are known was meant, behind a space; empty if none is near."""
+    close = get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def reason(error: BaseException) -> str:

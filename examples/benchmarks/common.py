@@ -16,7 +16,9 @@ from optimum_prune.text.drawing import Reader, draw
 
 def arguments(description: str, samples: int, **sizes: int) -> argparse.Namespace:
     """The command line; `sizes` are further whole numbers with their defaults."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("text")
     parser.add_argument("--quark", help="an interpreter with amd-quark; the model must then be a folder")

@@ -25,7 +25,9 @@ PROGRAM = [sys.executable, "-m", "optimum_prune", "compress"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tokenizer")
     parser.add_argument("text")
     for name, default in {"layers": 32, "hidden": 2048, "width": 5632, "samples": 16, "length": 512}.items():

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TextIO
 from optimum_prune.cli import commands
 from optimum_prune.cli.arguments import add_flag, attributes, check_flags
 from optimum_prune.cli.flags import add_common, add_debug, add_evaluation, add_output
-from optimum_prune.errors import PluginError, cut, printable
+from optimum_prune.errors import PluginError, cut, meant, printable
 from optimum_prune.hooks.plugins import Plugins
 from optimum_prune.machine import processes
 from optimum_prune.options import options_of
@@ -21,20 +21,32 @@ LONGEST = 1000
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence.
+    """A parser whose errors are one sentence, and whose flags are those that are written out.
 
     Args:
         out: where help goes.
     """
 
     def __init__(self, out: TextIO, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(allow_abbrev=False, **options)
         self._out = out
+        self._branches = False
 
     def add_subparsers(self, **options: Any) -> Any:
         """Commands below this one, parsed alike."""
+        self._branches = True
         below: Any = partial(Parser, self._out)
         return super().add_subparsers(parser_class=below, required=True, **options)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses the first flag that there is not, before anything that is missing, for which it may stand."""
+        for argument in args or ():
+            if argument == "--" or (self._branches and not argument.startswith("-")):
+                break  # what follows is no flag, or for a command below
+            flag = argument.partition("=")[0]
+            if flag.startswith("--") and " " not in flag and flag not in self._option_string_actions:
+                self.error(f"No flag is called '{flag}'.{meant(flag, self._option_string_actions)}")
+        return super().parse_known_args(args, namespace)
 
     def print_help(self, file: Any = None) -> None:
         """Puts help where results go."""
@@ -42,8 +54,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends with one sentence."""
-        text = cut(printable(message), LONGEST)
-        self.exit(2, f"{self.prog}: error: {text[:1].upper()}{text[1:].rstrip('.')}. See {self.prog} --help.\n")
+        text = cut(printable(message), LONGEST).rstrip(".")
+        text += "" if text.endswith("?") else "."
+        self.exit(2, f"{self.prog}: error: {text[:1].upper()}{text[1:]} See {self.prog} --help.\n")
 
     def _print_message(self, message: str, file: Any = None) -> None:
         if processes.first():

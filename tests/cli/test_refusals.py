@@ -111,7 +111,14 @@ def test_a_text_that_cannot_be_used_is_refused(content, arguments, why, cli, lla
         (["prune", "osscar", "--ratio", "nan"], ""),
         (["prune", "osscar", "--ratio", "much"], "ratio"),
         (["prune", "osscar"], "ratio"),
-        (["prune", "osscar", "--ration", 0.1], "ratio"),
+        (["prune", "osscar", "--ration", 0.1], "No flag is called '--ration'. Did you mean '--ratio'?"),
+        (
+            ["prune", "depth", "--layers", 1, "--overwrit"],
+            "No flag is called '--overwrit'. Did you mean '--overwrite'?",
+        ),
+        (["prune", "depth", "--layer", 1], "No flag is called '--layer'. Did you mean '--layers'?"),
+        (["prune", "depth", "--layer=1"], "No flag is called '--layer'. Did you mean '--layers'?"),
+        (["prune", "depth", "--layers", 1, "--zzzz"], "No flag is called '--zzzz'. See"),
         (["prune", "osscar", "--ratio", 0.1, "--damping", "nan"], ""),
         (["prune", "osscar", "--ratio", 0.1, "--multiple-of", 64], "multiple_of"),
         (["prune", "depth"], "exactly one"),
@@ -158,6 +165,28 @@ def test_a_command_that_is_not_whole_is_refused(arguments, cli, work, monkeypatc
     assert code in (1, 2)
     assert out == ""
     one_sentence(error)
+    assert names(work) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["--hel"], "--help"),
+        (["prune", "depth", "--outpu", "x"], "--output"),
+        (["compress", "--hel"], "--help"),
+        (["compress", "run", "recipe.yaml", "--outpu", "x"], "--output"),
+        (["compress", "plan", "recipe.yaml", "--jso"], "--json"),
+        (["compress", "evaluate", "model", "--quie"], "--quiet"),
+        (["compress", "passes", "--debu"], "--debug"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_flag_is_written_out(arguments, meant, cli, work, monkeypatch):
+    """A part of its name would mean another flag, or several, as soon as a version or a plugin has one more."""
+    monkeypatch.chdir(work)
+    code, out, error = cli(*arguments)
+    assert (code, out) == (2, "")
+    assert f"Did you mean '{meant}'? See " in one_sentence(error)
     assert names(work) == []
 
 

@@ -216,7 +216,7 @@ def test_settings_are_checked_in_python_too(options, why):
         (["--device", "a\nb"], r"The device 'a\nb'"),
         (["--layers", "2", "--layers", "3"], "is given twice, as 2 and as 3"),
         (["--heal", "--no-heal"], "both with and without 'no'"),
-        (["--strange\nflag"], r"Unrecognized arguments: --strange\nflag"),
+        (["--strange\nflag"], r"No flag is called '--strange\nflag'"),
     ],
     ids=lambda value: repr(value) if isinstance(value, list) else "",
 )
