@@ -26,8 +26,9 @@ from optimum_prune.report.report import Report
 from optimum_prune.report.written import write_beside
 from optimum_prune.run.converting import convert_folders
 from optimum_prune.run.fingerprints import identity
+from optimum_prune.run.finished import note_finished, remove_finished
 from optimum_prune.run.in_memory import change_in_memory
-from optimum_prune.run.output import check_output, hidden_output, mend, move_beside
+from optimum_prune.run.output import HiddenOutput, check_output, hidden_output, mend, move_beside
 from optimum_prune.run.ownership import check_unfinished
 from optimum_prune.run.run import Run
 from optimum_prune.run.unfinished import Unfinished, unfinished_folder
@@ -73,14 +74,14 @@ def compress(
     with in_float32(), Meter() as meter, hidden_output(output, overwrite, inputs) as hidden:
         plan = make_plan(recipe, plugins, source, texts)
         texts = processes.broadcast_from_first(lambda: _texts(plan, plugins, progress, texts))
-        for name in hidden.left:
-            progress.say(f"Removed {name}, which a run on another host, that was killed, had left beside the output.")
+        _say_what_was_left(hidden, output, progress)
         unfinished = Unfinished(output, identity(plan, texts))
         hidden.when_done = unfinished.remove
         run = Run(plan, texts, plugins, hidden, unfinished, progress, meter)
         report = _carried_out(run, resume)
         if processes.first():
             report = _write_report(run, report, output)
+            note_finished(unfinished.folder, hidden.result)
     return processes.broadcast_from_first(lambda: report)
 
 
@@ -110,12 +111,22 @@ def _check(recipe: Recipe, output: Path, overwrite: bool) -> None:
         check_output(output, overwrite, recipe.inputs)
     except OutputError:
         if processes.first():
-            mend(output)
+            mend(output, lambda: remove_finished(output))
         raise
     check_unfinished(unfinished_folder(output))
     for step in recipe.passes:
         check_environment(step)
     check_launch(recipe)
+
+
+def _say_what_was_left(hidden: HiddenOutput, output: Path, progress: Progress) -> None:
+    """Says what runs that were killed had left beside the output and is removed."""
+    for name in hidden.left:
+        progress.say(f"Removed {name}, which a run on another host, that was killed, had left beside the output.")
+    if processes.first() and remove_finished(output):
+        progress.say(
+            f"Removed {unfinished_folder(output)}, which a run that finished {output} and was killed then had left."
+        )
 
 
 def _write_report(run: Run, report: Report, output: Path) -> Report:

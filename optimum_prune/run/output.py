@@ -5,9 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import shutil
-import socket
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -17,7 +14,7 @@ from pathlib import Path
 from optimum_prune.errors import OutputError, cut, printable
 from optimum_prune.machine import interrupts, processes
 from optimum_prune.machine.locks import lock
-from optimum_prune.machine.processes import runs
+from optimum_prune.run.hidden import left_hidden, make_hidden, remove_hidden
 from optimum_prune.run.ownership import check_replaceable
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
@@ -79,7 +76,7 @@ def hidden_output(output: Path, overwrite: bool, inputs: Sequence[Path] = ()) ->
             left = _mend_abandoned(output)
             check_output(output, overwrite, inputs)
             folder = make_hidden(output, "partial")
-            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            stack.callback(remove_hidden, folder)
             (folder / "model").mkdir()
             hidden = processes.broadcast_from_first(lambda: HiddenOutput(folder, folder / "model", left))
             yield hidden
@@ -176,59 +173,35 @@ def _beside(output: Path, number: int) -> Path:
     return output.with_name(f"{output.name}.finished{'' if number == 1 else f'-{number}'}")
 
 
-def _hidden_prefix(output: Path, kind: str) -> str:
-    return f".{output.name}.{kind}-{socket.gethostname()}-"
-
-
-def make_hidden(output: Path, kind: str) -> Path:
-    """An empty folder beside the output whose name tells machine and process."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix=f"{_hidden_prefix(output, kind)}{os.getpid()}-", dir=output.parent))
-    except OSError as error:
-        raise OutputError(
-            f"The output {output} cannot be written: {error.strerror}. Name an --output elsewhere."
-        ) from error
-
-
 def _mend_abandoned(output: Path) -> tuple[str, ...]:
     """Removes what runs that are no more left beside the output, and puts back what they had replaced.
 
     Returns:
         What was of another host: there, nobody may know that the run ended.
-
-    Who holds the lock of an output is its only run, so whatever else lies there under our names is of runs that ended, on whatever
-    host.
     """
     found = []
     for kind in ("replaced", "partial"):
-        pattern = re.compile(re.escape(f".{output.name}.{kind}-") + r"(.+)-(\d+)-[a-z0-9_]+")
-        for folder in sorted(output.parent.iterdir()):
-            match = pattern.fullmatch(folder.name)
-            if match is None or folder.is_symlink() or not _is_ours(folder):
-                continue
-            if match[1] == socket.gethostname() and int(match[2]) != os.getpid() and runs(int(match[2])):
-                continue  # of a version without locks, or of a process that has its number by chance
+        for folder, here in left_hidden(output, kind):
             if kind == "replaced" and not os.path.lexists(output) and (folder / output.name).is_dir():
                 (folder / output.name).rename(output)
-            shutil.rmtree(folder, ignore_errors=True)
-            if match[1] != socket.gethostname():
+            remove_hidden(folder)
+            if not here:
                 found.append(folder.name)
     return tuple(found)
 
 
-def mend(output: Path) -> None:
-    """Removes what killed runs left beside an output that is not to be written, as `hidden_output` does; nothing if another run is at work."""
+def mend(output: Path, further: Callable[[], object] = _nothing) -> None:
+    """Removes what killed runs left beside an output that is not to be written, as `hidden_output` does; nothing if another run is at work.
+
+    Args:
+        further: is called then, as long as no run can begin.
+    """
     output = Path(os.path.abspath(output))
     with suppress(OSError, OutputError):
         if any(entry.name.startswith(f".{output.name}.") for entry in output.parent.iterdir()):
             with _alone_at(output):
                 _mend_abandoned(output)
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether a folder belongs to this user."""
-    return folder.is_dir() and (not hasattr(os, "getuid") or folder.stat().st_uid == os.getuid())
+                further()
 
 
 def _move_into_place(result: Path, output: Path) -> None:
@@ -242,6 +215,6 @@ def _move_into_place(result: Path, output: Path) -> None:
         result.rename(output)
     except BaseException:
         (aside / output.name).rename(output)
-        aside.rmdir()
+        remove_hidden(aside)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
+    remove_hidden(aside)

@@ -36,7 +36,7 @@ REPORTS = ("recipe.yaml", "report.json", "report.html", "cuts.json")
 STAGED = {
     re.compile(r"\d+-[\w.-]+"): stat.S_ISDIR,
     re.compile("journal|training"): stat.S_ISDIR,
-    re.compile(r"state\.json(\.partial)?"): stat.S_ISREG,
+    re.compile(r"(state|finished)\.json(\.partial)?"): stat.S_ISREG,
 }
 """What lies in a folder of what is unfinished, by its name, and what it must be: a folder or a file."""
 JOURNALED = re.compile(r"\d+-[0-9a-f]+\.safetensors|partial|begun\.json(\.partial)?")

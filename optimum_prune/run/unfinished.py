@@ -25,8 +25,8 @@ from optimum_prune.errors import OptimumPruneError, OutputError, RecipeError, Ve
 from optimum_prune.machine.watched_files import WEIGHTS
 from optimum_prune.machine.whole_files import whole
 from optimum_prune.run.fingerprints import files_fingerprint
+from optimum_prune.run.hidden import make_hidden, remove_hidden
 from optimum_prune.run.journal import Journal
-from optimum_prune.run.output import make_hidden
 from optimum_prune.run.ownership import check_unfinished
 
 STATE = "state.json"
@@ -194,10 +194,10 @@ class Unfinished:
         try:
             with suppress(OSError):
                 folder.rename(aside / folder.name)
-            shutil.rmtree(aside, ignore_errors=True)
+            remove_hidden(aside)
         finally:  # an interrupt comes once
-            for place in (aside, folder):
-                shutil.rmtree(place, ignore_errors=True)
+            remove_hidden(aside)
+            shutil.rmtree(folder, ignore_errors=True)
 
     @contextmanager
     def errors_say_what_is_kept(self) -> Iterator[None]:

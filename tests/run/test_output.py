@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from optimum_prune.errors import OutputError
+from optimum_prune.run.hidden import MARK, MARKED
 from optimum_prune.run.output import check_output, hidden_output
 
 
@@ -31,7 +32,12 @@ def dead_process() -> int:
 
 def partial(output, process, host=None):
     folder = output.parent / f".{output.name}.partial-{host or socket.gethostname()}-{process}-x"
-    return model_folder(folder)
+    return marked(model_folder(folder))
+
+
+def marked(folder):
+    (folder / MARK).write_text(MARKED)
+    return folder
 
 
 def write(output, overwrite=False, then=lambda: None):
@@ -165,7 +171,7 @@ def test_what_may_belong_to_others_is_left(tmp_path, output):
     alive = [
         partial(output, os.getppid()),
         partial(tmp_path / "out2", dead_process()),
-        model_folder(tmp_path / f".out.partial-{socket.gethostname()}-1x-x"),
+        marked(model_folder(tmp_path / f".out.partial-{socket.gethostname()}-1x-x")),
     ]
     with hidden_output(output, overwrite=False):
         pass
@@ -216,7 +222,55 @@ def test_what_is_replaced_is_lost_only_once_the_new_is_in_place(error, output, m
 def test_what_a_run_killed_between_two_renames_replaced_is_put_back(output):
     aside = output.parent / f".out.replaced-{socket.gethostname()}-{dead_process()}-x"
     model_folder(aside / "out", "old")
+    marked(aside)
     with pytest.raises(OutputError, match="exists already"):
         write(output)
     assert (output / "config.json").read_text() == "old"
     assert names(output.parent) == ["out"]
+
+
+@pytest.mark.parametrize("kind", ["partial", "replaced"])
+@pytest.mark.parametrize("mark", [None, "another program's", "a folder", "a link"])
+def test_a_folder_called_like_ours_that_carries_no_mark_of_ours_is_left(mark, kind, tmp_path, output):
+    folder = tmp_path / f".out.{kind}-elsewhere-{dead_process()}-x"
+    model_folder(folder / "out", "precious")
+    if mark == "a folder":
+        (folder / MARK).mkdir()
+    elif mark == "a link":
+        marked(tmp_path).joinpath(MARK).rename(tmp_path / "mark")
+        (folder / MARK).symlink_to(tmp_path / "mark")
+    elif mark:
+        (folder / MARK).write_text(mark)
+    write(output)
+    assert (folder / "out" / "config.json").read_text() == "precious"
+    assert (output / "config.json").read_text() == "new"
+
+
+@pytest.mark.parametrize("marked_so_far", [None, "", MARKED[:9]])
+def test_a_folder_of_a_run_that_was_killed_as_it_began_is_removed(marked_so_far, tmp_path, output):
+    folder = tmp_path / f".out.partial-{socket.gethostname()}-{dead_process()}-x"
+    folder.mkdir()
+    if marked_so_far is not None:
+        (folder / MARK).write_text(marked_so_far)
+    write(output)
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_is_left_of_a_folder_whose_removal_was_broken_off_is_removed(tmp_path, output, monkeypatch):
+    folder = partial(output, dead_process())
+    for number in range(5):
+        model_folder(folder / str(number))
+    remove = os.rmdir
+
+    def broken_off(path, *arguments, **options):
+        if Path(path).name == "3":
+            raise KeyboardInterrupt
+        remove(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            write(output)
+    assert folder.exists()
+    write(output)
+    assert names(tmp_path) == ["out"]

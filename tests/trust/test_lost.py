@@ -16,6 +16,7 @@ from folder_passes import Archive, Halve
 from optimum_prune import Depth, Osscar, Recipe, Settings, Text, compress, hookimpl
 from optimum_prune.errors import CheckpointError, OptimumPruneError, OutputError, PluginError, RecipeError, VetoError
 from optimum_prune.machine.progress import Progress
+from optimum_prune.run.hidden import MARK, MARKED
 
 DROP = Depth(drop=(1,))
 
@@ -326,6 +327,65 @@ def test_what_no_run_leaves_there_is_left_alone(harm, recipe, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+class KilledError(BaseException):
+    """As a kill, nobody catches it."""
+
+
+@pytest.fixture
+def killed(recipe, tmp_path, monkeypatch):
+    """Carries out passes until the output gets its place, and no further."""
+
+    def run(*passes, just_before=False):
+        rename = Path.rename
+
+        def killed_at_the_last(path, target):
+            if Path(target) != tmp_path / "out":
+                return rename(path, target)
+            if not just_before:
+                rename(path, target)
+            raise KilledError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", killed_at_the_last)
+            with pytest.raises(KilledError):
+                compress(recipe(*passes), tmp_path / "out")
+        (tmp_path / ".out.lock").touch()
+
+    return run
+
+
+@pytest.mark.parametrize("passes", [(DROP,), (DROP, Archive())], ids=["pruned", "converted"])
+def test_what_a_finished_run_kept_is_removed_by_the_next_though_its_output_is_there(passes, recipe, killed, tmp_path):
+    killed(*passes)
+    assert names(tmp_path) == [".out.lock", "out", "out.unfinished"]
+    with pytest.raises(OutputError, match="exists already"):
+        compress(recipe(*passes), tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_a_finished_run_kept_is_nothing_to_go_on_from(same, recipe, killed, tmp_path, capsys):
+    killed(DROP)
+    progress = Progress(output=True)
+    compress(recipe(DROP if same else Depth(drop=(2,))), tmp_path / "out", overwrite=True, progress=progress)
+    folder = tmp_path / "out.unfinished"
+    said = f"Removed {folder}, which a run that finished {tmp_path / 'out'} and was killed then had left.\n"
+    assert said in capsys.readouterr().err
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("what", ["another output", "no output"])
+def test_what_is_kept_of_another_run_than_that_of_the_output_stays(what, recipe, killed, tmp_path):
+    killed(DROP, just_before=True)
+    if what == "another output":
+        tiny.save("llama", tmp_path / "out")
+        with pytest.raises(OutputError, match="exists already"):
+            compress(recipe(DROP), tmp_path / "out")
+        assert names(tmp_path) == ["out", "out.unfinished"]
+    compress(recipe(DROP), tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == ["out"]
+
+
 # Two runs at once
 
 
@@ -353,6 +413,7 @@ def test_of_two_runs_in_one_process_one_is_done_and_the_other_refused(recipe, tm
 
 def test_what_a_killed_run_left_on_another_host_is_said_and_removed(recipe, tmp_path, capsys):
     tiny.save("llama", tmp_path / ".out.partial-elsewhere-17-abc" / "model")
+    (tmp_path / ".out.partial-elsewhere-17-abc" / MARK).write_text(MARKED)
     (tmp_path / ".out.lock").write_text('{"host": "elsewhere", "process": 17, "number": 3}')
     said = said_by(recipe(), tmp_path / "out", capsys)
     assert "Removed .out.partial-elsewhere-17-abc, which a run on another host, that was killed, had left" in said
