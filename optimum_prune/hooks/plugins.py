@@ -114,7 +114,9 @@ def _built_in() -> Iterator[tuple[str, object]]:
 def _import(point: EntryPoint, name: str) -> object:
     try:
         return point.load()
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise PluginError(
             f"The plugin {name} cannot be imported: {why_not_imported(error)}. Mend or uninstall it."
         ) from error
@@ -168,7 +170,9 @@ def _provided(manager: pluggy.PluginManager, hook: str, right: Callable[[Any], b
         name = implementation.plugin_name
         try:
             items = list(implementation.function())
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             raise PluginError(
                 f"The hook '{hook}' of the plugin {name} fails: {type(error).__name__}: {error}. Mend or uninstall it."
             ) from error

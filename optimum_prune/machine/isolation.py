@@ -130,7 +130,7 @@ def _errors_named(name: str, remedy: str, kind: type[OptimumPruneError] = PassEr
         yield
         if interrupts.stopping():  # the code did not let it pass
             raise KeyboardInterrupt
-    except (KeyboardInterrupt, GeneratorExit):
+    except KeyboardInterrupt:
         raise
     except BaseException as error:
         if interrupts.stopping():

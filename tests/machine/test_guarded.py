@@ -64,6 +64,7 @@ def test_all_is_put_back_and_what_is_printed_is_no_result(capsys):
         ),
         (ValueError("first\nsecond"), r"failed: ValueError: first\. "),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), r"failed: FileNotFoundError"),
+        (GeneratorExit(), r"failed: GeneratorExit"),
         (MemoryError(), r"found no memory left.*--offload"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), r"found no memory left"),
     ],
