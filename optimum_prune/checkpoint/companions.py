@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
 from pathlib import Path
+
+from optimum_prune.checkpoint.own_code import code_files
 
 PROCESSORS = (
     "processor_config.json",
@@ -41,6 +43,24 @@ def belongs_beside(name: str, *, tokenizer: bool = True) -> bool:
     """
     patterns = (*PROCESSORS, *TERMS, *(TOKENIZERS if tokenizer else ()))
     return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def companions_of(
+    names: Iterable[str], file_of: Callable[[str], Path | None], *, tokenizer: bool = True, code: bool = False
+) -> tuple[Path, ...]:
+    """The files that belong beside a checkpoint's weights, whatever is done to them.
+
+    Args:
+        names: of all its files.
+        file_of: where a file of a name is, if it is there.
+        tokenizer: whether those of its tokenizer do.
+        code: whether that does which prepares images, video and sound, too; a model's own and a tokenizer's are saved with them.
+    """
+    found = [file_of(name) for name in names if belongs_beside(name, tokenizer=tokenizer)]
+    if code:
+        processors = [file for file in found if file is not None and file.name in PROCESSORS]
+        found += [file_of(name) for name in sorted(code_files(processors, file_of) & set(names))]
+    return tuple(file for file in found if file is not None)
 
 
 def carry(companions: Iterable[Path], folder: Path) -> None:

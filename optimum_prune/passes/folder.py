@@ -61,8 +61,8 @@ class FolderPass(Pass):
 
     What a QUANTIZE pass writes is the checkpoint from there on; what an EXPORT pass writes lies beside it, in a folder with the
     pass's name, with `example.py`, a script that runs it without this package. The tokenizer is put into either where the pass
-    wrote none, and into a checkpoint's JSON files what transformers 4 reads. Then it is opened again, run, and compared with the
-    checkpoint that it was made from.
+    wrote none; into a checkpoint, what else lay beside the weights, such as the config of what prepares images, and into its JSON
+    files what transformers 4 reads. Then it is opened again, run, and compared with the checkpoint that it was made from.
 
     With `python`, all of that happens in another interpreter, which needs torch, transformers and what is in `requires`, but
     not this package.

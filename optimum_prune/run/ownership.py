@@ -6,11 +6,11 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from optimum_prune.checkpoint.companions import TEMPLATES, belongs_beside
+from optimum_prune.checkpoint.own_code import code_files
 from optimum_prune.errors import OutputError
 from optimum_prune.machine.given_files import mapping_in
 
@@ -25,9 +25,6 @@ CHECKPOINT = re.compile(
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 QUANTIZED = "recipe.yaml"
 """In a checkpoint of packed weights: how llm-compressor made it."""
-NAMED_MODULE = re.compile(r"(?:.*--)?([A-Za-z_]\w*)\.\w+")
-"""What `auto_map` says: a module of the folder, and what is in it."""
-IMPORTED = re.compile(r"^\s*from\s+\.(\w+)\s+import|^\s*from\s+\.\s+import\s+(\w+)", re.MULTILINE)
 ARTEFACT = re.compile(r"[A-Za-z0-9][\w-]*")
 """The name of an exporter, which its folder has."""
 ASIDE = "compression"
@@ -99,7 +96,8 @@ def foreign(folder: Path) -> list[str]:
     weights = any(entry.suffix in WEIGHTS for entry in entries)
     if report is None and entries and not (weights and {"model_type", "architectures"} & config.keys()):
         return [entry.name for entry in entries]
-    artefacts, code = _artefacts(report or {}), _code(folder)
+    artefacts = _artefacts(report or {})
+    code = code_files(sorted(folder.glob("*config.json")), folder.joinpath)
     found = []
     for entry in entries:
         if entry.is_symlink():
@@ -135,24 +133,6 @@ def _artefacts(report: Mapping[str, Any]) -> set[str]:
     steps = [step for step in report.get("passes", ()) if isinstance(step, dict) and step.get("stage") == "EXPORT"]
     names = {str(step.get("name")) for step in steps}
     return {name for name in names if ARTEFACT.fullmatch(name)}
-
-
-def _code(folder: Path) -> set[str]:
-    """The files of a checkpoint's own code: those that its JSON files name, and what these import of their like."""
-    named = [mapping_in(file).get("auto_map") for file in sorted(folder.glob("*config.json"))]
-    values = [value for each in named if isinstance(each, dict) for value in each.values()]
-    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
-    ahead = [match[1] for match in map(NAMED_MODULE.fullmatch, map(str, names)) if match]
-    found: set[str] = set()
-    while ahead:
-        file = f"{ahead.pop()}.py"
-        if file in found:
-            continue
-        found.add(file)
-        with suppress(OSError, ValueError):
-            text = (folder / file).read_text(encoding="utf-8") if (folder / file).is_file() else ""
-            ahead += [match[1] or match[2] for match in IMPORTED.finditer(text)]
-    return found
 
 
 def _report(folder: Path) -> dict[str, Any] | None:

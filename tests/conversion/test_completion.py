@@ -67,6 +67,34 @@ def test_a_tokenizer_that_the_pass_wrote_stays(job):
     assert AutoTokenizer.from_pretrained(job.target).model_max_length == 7
 
 
+@pytest.fixture
+def with_companions(source, tmp_path):
+    """A checkpoint with what belongs beside it, and what does not."""
+    folder = shutil.copytree(source, tmp_path / "with-companions")
+    for name in ("LICENSE", "tokenizer.model", "chat_template.json", "processing_own.py", "stray.py", "notes.txt"):
+        (folder / name).write_text("of the source")
+    (folder / "preprocessor_config.json").write_text('{"auto_map": {"AutoProcessor": "processing_own.Own"}}')
+    return folder
+
+
+COMPANIONS = ["LICENSE", "chat_template.json", "preprocessor_config.json", "processing_own.py", "tokenizer.model"]
+
+
+@pytest.mark.parametrize("step", [Halve(), WithItsOwn()], ids=lambda step: step.name)
+def test_what_belongs_beside_a_checkpoint_is_carried_along(step, job, with_companions):
+    before = {entry.name for entry in job.target.iterdir()}
+    convert(step, Job(with_companions, job.target, job.calibration, "cpu", Progress()))
+    assert before == set()
+    assert [name for name in COMPANIONS if not (job.target / name).is_file()] == []
+    assert not (job.target / "stray.py").exists()
+    assert not (job.target / "notes.txt").exists()
+
+
+def test_an_export_is_no_checkpoint_that_anything_is_put_beside(job, with_companions):
+    convert(Archive(), Job(with_companions, job.target, job.calibration, "cpu", Progress()))
+    assert [name for name in COMPANIONS if (job.target / name).exists()] == []
+
+
 def test_without_a_tokenizer_there_is_none_to_put_there(job, tmp_path):
     bare = tmp_path / "bare"
     shutil.copytree(job.source, bare, ignore=shutil.ignore_patterns("*token*"))
