@@ -93,6 +93,7 @@ def load(
         remedy=" Fetch it again, or mend its config.json.",
         tolerated=("unexpected_keys",),
     )
+    checkpoint.check_there()
     arguments = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **checkpoint.arguments()}
     if checkpoint.gguf_file:
         arguments |= _dequantized()
@@ -250,10 +251,10 @@ def _why_unreadable(error: Exception, source: str | Path, refusal: Refusal) -> s
             f"{source} needs code that comes with it, which is not run unless that is asked for. Read the code, then give "
             f"--trust-remote-code (in Python, trust_remote_code=True)."
         )
+    if "Repo id must" in str(error):  # it is the name of a folder that is not there, and of nothing on the Hub
+        return f"{refusal.unreadable}: there is no folder of that name. Name one that is there, or put it back."
     if "above report" in str(error):  # which we keep to ourselves
-        return (
-            f"{refusal.unfit}: some of its weights cannot be brought into the form that it describes.{refusal.remedy}"
-        )
+        return f"{refusal.unfit}: some weights cannot be brought into the form that it describes.{refusal.remedy}"
     return f"{refusal.unreadable}: {reason(error)}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import torch
 
 from optimum_prune.checkpoint.adapters import ADAPTERS, refuse_adapter
 from optimum_prune.checkpoint.boundary import check_folder, check_names, check_tokenizer_files
-from optimum_prune.checkpoint.companions import belongs_beside
+from optimum_prune.checkpoint.companions import companions_of
 from optimum_prune.checkpoint.described import check_described, check_plain, refuse_quantized
 from optimum_prune.checkpoint.files import cached, file_names
 from optimum_prune.checkpoint.generation import FILE as GENERATION
@@ -42,6 +43,8 @@ class Checkpoint:
     config: PreTrainedConfig
     remark: str = ""
     """What will be changed of it when it is saved, as a sentence."""
+    local: bool = False
+    """Whether it was found in a folder of this machine."""
 
     @property
     def packed(self) -> bool:
@@ -52,6 +55,17 @@ class Checkpoint:
     def weights_file(self) -> str | None:
         """The file that its config names for its weights, if it does."""
         return getattr(self.config, "transformers_weights", None)
+
+    def check_there(self) -> None:
+        """Refuses a folder that was there when it was opened: no model of the Hub that has its name is taken for it.
+
+        Raises:
+            CheckpointError: it is not there any more.
+        """
+        if self.local and not Path(self.source).is_dir():
+            raise CheckpointError(
+                f"The model's folder {printable(self.source)} is gone: it was there when this began. Put it back, and begin again."
+            )
 
     def arguments(self) -> dict[str, Any]:
         """What every `from_pretrained` needs to find it."""
@@ -93,10 +107,8 @@ class Checkpoint:
         """
         if self.gguf_file:
             return ()
-        names = [name for name in file_names(self.source) if belongs_beside(name, tokenizer=tokenizer)]
-        if Path(self.source).is_dir():
-            return tuple(Path(self.source) / name for name in names)
-        return tuple(filter(None, (cached(self.source, name) for name in names)))
+        file_of = Path(self.source).joinpath if Path(self.source).is_dir() else partial(cached, self.source)
+        return companions_of(file_names(self.source), file_of, tokenizer=tokenizer, code=self.trust_remote_code)
 
 
 def open_checkpoint(model: str, trust_remote_code: bool = False, *, quantized: bool = False) -> Checkpoint:
@@ -132,10 +144,11 @@ def open_checkpoint(model: str, trust_remote_code: bool = False, *, quantized: b
             f"config.json."
         )
     if gguf_file:
-        return Checkpoint(model, source, gguf_file, trust_remote_code, config)
-    if config.dtype is None and Path(source).is_dir():
+        return Checkpoint(model, source, gguf_file, trust_remote_code, config, local=True)
+    local = Path(source).is_dir()
+    if config.dtype is None and local:
         config.dtype = stored_dtype(Path(source), config)
-    return Checkpoint(model, source, None, trust_remote_code, config, _check_generation(source, model))
+    return Checkpoint(model, source, None, trust_remote_code, config, _check_generation(source, model), local)
 
 
 def _arguments(gguf_file: str | None, trust_remote_code: bool) -> dict[str, Any]:

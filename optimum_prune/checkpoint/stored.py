@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -11,13 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from optimum_prune.errors import CheckpointError, printable
-from optimum_prune.machine.tensor_files import files_of_weights, header
+from optimum_prune.machine.tensor_files import SPREAD, files_of_weights, header, without_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-"""Names of files that several processes wrote together; no index lists them, and transformers reads them by itself."""
 
 
 def check_weight_files(folder: Path, config: PreTrainedConfig) -> int:
@@ -29,14 +25,12 @@ def check_weight_files(folder: Path, config: PreTrainedConfig) -> int:
     Raises:
         CheckpointError: there are none; one is no such file, or one that may hold more than tensors.
     """
-    if any(DISTRIBUTED.fullmatch(file.name) for file in folder.iterdir()):
+    if any(SPREAD.fullmatch(file.name) for file in folder.iterdir()):
         return 0
-    found = files_of_weights(folder, getattr(config, "transformers_weights", None))
+    named = getattr(config, "transformers_weights", None)
+    found = files_of_weights(folder, named)
     if not found:
-        raise CheckpointError(
-            f"The folder {printable(str(folder))} has no weights: neither model.safetensors nor pytorch_model.bin, nor an index of such. "
-            f"Fetch them, or name another folder."
-        )
+        raise without_weights(folder, named)
     counts = [_check_pickle(file) if file.suffix == ".bin" else _count(file) for file in found]
     return sum(counts) if all(counts) else 0
 

@@ -131,7 +131,11 @@ class MappedWeights:
     def release(self, module: nn.Module) -> None:
         """Gives back the memory of a module's weights; they are read again when they are used again."""
         for parameter in module.parameters():
-            self._advise(parameter, mmap.MADV_DONTNEED)
+            self.let_go(parameter)
+
+    def let_go(self, tensor: Tensor) -> None:
+        """Gives back the memory of one of the weights, and whatever was written there and not to its file."""
+        self._advise(tensor, mmap.MADV_DONTNEED)
 
     def _advise(self, tensor: Tensor, advice: int) -> None:
         if self._holds(tensor):
@@ -170,16 +174,13 @@ class MappedWeights:
     def _about_to_write(self, tensor: Tensor) -> None:
         self.check([tensor])
 
-    def _written(self, tensor: Tensor) -> None:
-        self._advise(tensor, mmap.MADV_DONTNEED)
-
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Lets transformers save a model tensor by tensor, each given back when it is written."""
         from transformers import modeling_utils
 
         def save(tensors: Mapping[str, Tensor], file: Any, metadata: Mapping[str, str] | None = None) -> None:
-            write(tensors, Path(file), metadata, self._about_to_write, self._written)
+            write(tensors, Path(file), metadata, self._about_to_write, self.let_go)
 
         before = modeling_utils.safe_save_file
         modeling_utils.safe_save_file = save

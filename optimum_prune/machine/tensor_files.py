@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from itertools import pairwise
@@ -36,6 +37,8 @@ DTYPES = {
 """By their names in a file, in the order in which safetensors lays out tensors: first those whose elements are larger."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ORDER = tuple(NAMES)
+SPREAD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+"""Names of files that several processes wrote together; no index lists them, and transformers reads them by itself."""
 CHUNK = 2**24
 """How many bytes are written at a time."""
 LONGEST = 200
@@ -177,13 +180,36 @@ def weight_files(folder: Path, named: str | None = None) -> list[Path]:
         CheckpointError: there are none, or one of the index is missing.
     """
     found = files_of_weights(folder, named)
-    if found and not any(file.suffix == ".bin" for file in found):
+    if not found:
+        raise without_weights(folder, named)
+    if not any(file.suffix == ".bin" for file in found):
         return found
-    where = f" (its weights are in {found[0].name})" if found else ""
     raise CheckpointError(
-        f"{printable(str(folder))} has no safetensors file{where}, and only those can be left on disk. Load it with transformers and save it "
-        f"anew, or leave --offload out."
+        f"{printable(str(folder))} has no safetensors file (its weights are in {found[0].name}), and only those can be left on disk. Load it "
+        f"with transformers and save it anew, or leave --offload out."
     )
+
+
+def without_weights(folder: Path, named: str | None = None) -> CheckpointError:
+    """The error that a folder has no weights, with what helps against it, as far as the folder shows.
+
+    Args:
+        named: the file that the config names for them, if it does.
+    """
+    where = f"The folder {printable(str(folder))}"
+    if named:
+        return CheckpointError(
+            f"{where} has no file {printable(cut(named, LONGEST))}, which its config names for the weights. Fetch it, or mend its config.json."
+        )
+    entries = sorted(entry.name for entry in folder.iterdir())
+    if spread := next(filter(SPREAD.fullmatch, entries), None):
+        return CheckpointError(
+            f"The weights of {printable(str(folder))} are spread over files that several processes wrote, such as {printable(spread)}, and cannot "
+            f"be left on disk. Load it with transformers and save it anew, or leave --offload out."
+        )
+    packed = next((name for name in entries if name.endswith(".gguf")), None)
+    remedy = "Fetch them, or name another folder." if packed is None else f"Name its file {printable(packed)} instead."
+    return CheckpointError(f"{where} has no weights: neither {SINGLE} nor {PICKLE}, nor an index of such. {remedy}")
 
 
 def files_of_weights(folder: Path, named: str | None = None) -> list[Path]:

@@ -35,12 +35,24 @@ class WatchedFile(NamedTuple):
         """
         try:
             same = _state(self.path) == self.state
+        except FileNotFoundError:
+            raise CheckpointError(self._gone()) from None
         except OSError:
             same = False
         if not same:
             raise CheckpointError(
                 f"The weights file {printable(str(self.path))} was changed while it was read. Run it again when it is as it should be."
             )
+
+    def _gone(self) -> str:
+        """That it is gone, or its folder with it."""
+        folder = self.path.parent
+        what = (
+            f"weights file {printable(str(self.path))}"
+            if folder.is_dir()
+            else f"model's folder {printable(str(folder))}"
+        )
+        return f"The {what} was removed while it was read. Put it back, and run it again."
 
 
 def watched(place: Path) -> tuple[WatchedFile, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from optimum_prune.anatomy.shape import Shape
-from optimum_prune.errors import OutputError, PassError, RecipeError, shown
+from optimum_prune.errors import OutputError, PassError, RecipeError, SurgeryError, shown
 from optimum_prune.machine.isolation import guarded
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.checkpoint_spec import CheckpointSpec
@@ -46,6 +46,26 @@ def foreseen(step: Pass, shape: Shape) -> Shape:
     if not isinstance(found, Shape):
         raise PassError(f"The pass '{step.name}' foresees {shown(found)}, which is no Shape. Mend the pass.")
     return found
+
+
+def check_given(shape: Shape, described: Shape, name: str) -> None:
+    """Refuses a model in memory that is not as its config says, as one is whose layers were taken out by hand.
+
+    Args:
+        described: the shape that its config describes.
+
+    Raises:
+        SurgeryError: it would be saved with a config that does not fit it.
+    """
+    if not shape.layers:
+        raise SurgeryError(f"{name} has no decoder layers, so there is nothing to prune. Give a model that has some.")
+    if [(layer.axes, layer.blocks) for layer in shape.layers] != [
+        (layer.axes, layer.blocks) for layer in described.layers
+    ]:
+        raise SurgeryError(
+            f"{name} has {shape.describe()}, and its config describes {described.describe()}, so it could not be loaded again. Write into "
+            f"model.config what it has, such as num_hidden_layers, before it is pruned."
+        )
 
 
 def check_conversions(steps: Iterable[FolderPass], spec: CheckpointSpec) -> None:

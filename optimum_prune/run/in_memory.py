@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +11,7 @@ from optimum_prune.anatomy.counts import Counts, count_parameters
 from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.calibration.calibration import Calibration
 from optimum_prune.checkpoint import saving, verification
+from optimum_prune.checkpoint.companions import carry
 from optimum_prune.checkpoint.loading import Loading
 from optimum_prune.checkpoint.verification import Probe, Verification
 from optimum_prune.evaluation.perplexity import Perplexity, perplexity
@@ -22,6 +22,7 @@ from optimum_prune.passes.base import Pass, Stage
 from optimum_prune.passes.outcome import Outcome
 from optimum_prune.passes.prune import PrunePass
 from optimum_prune.passes.recover import RecoverPass
+from optimum_prune.plan.checks import check_given
 from optimum_prune.report.report import Change, Report
 from optimum_prune.run.fingerprints import check_unchanged
 from optimum_prune.run.models import Models
@@ -82,6 +83,8 @@ def _changed_and_saved(run: Run, models: Models) -> _Saved:
     """Loads the model, measures it, carries out the passes and saves it."""
     decoder = models.load()
     model = decoder.model
+    if run.plan.source.in_memory:
+        check_given(decoder.shape(), run.plan.shapes[0], run.plan.source.name)
     counts, size = count_parameters(model), saving.weight_bytes(model)
     calibration = run.calibration()
     measured = calibration.once("perplexity", lambda: _plain(_perplexity(run, model)))
@@ -92,8 +95,7 @@ def _changed_and_saved(run: Run, models: Models) -> _Saved:
     check_unchanged(run.plan.source.name, run.model_fingerprint)
     if processes.first():
         saving.save(model, run.plan.source.tokenizer, run.output.result, run.progress, models.weights)
-        for file in run.plan.source.companions:
-            shutil.copy(file, run.output.result)
+        carry(run.plan.source.companions, run.output.result)
         check_unchanged(run.plan.source.name, run.model_fingerprint)  # what lies on disk was read once more
     processes.wait()
     return _Saved(

@@ -50,7 +50,7 @@ def prune(
     with only_looked_at(decoder.model, step.name, models):
         if processes.first():
             before_pass(plugins, step, decoder.model, calibration.progress)
-    before, untouched = decoder.shape(), None if weights is not None else Untouched(decoder.model)
+    before, untouched = decoder.shape(), Untouched(decoder.model, weights)
     cuts, evidence, decided = Cuts(), [], set[str]()
     journal, decide = journal_of(calibration), partial(_decisions, step, decoder, calibration)
     with Meter() as meter:
@@ -65,8 +65,7 @@ def prune(
         if models is not None:
             models.check()
             models.follow(cuts)
-        if untouched is not None:
-            untouched.check(step.name, decided)
+        untouched.check(step.name, decided)
         sync_config(decoder)
         decoder.model.eval()  # whatever the pass left it in
     _check_foreseen(step, before, decoder.shape())

@@ -14,10 +14,11 @@ from optimum_prune.errors import PassError, PluginError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from optimum_prune.machine.mapped_weights import MappedWeights
     from optimum_prune.run.models import Models
 
-SAMPLES = 32
-"""Elements of a parameter that are compared."""
+SAMPLES, ON_DISK = 32, 4
+"""Elements of a parameter that are compared, and of one that lies on disk, of which each may have to be read there."""
 
 
 class _Seen(NamedTuple):
@@ -35,12 +36,16 @@ class Untouched:
 
     What is noticed: operations in place, values put in the place of others, and changes by a way around both that reach one of the
     elements that are compared. Parameters that surgery has replaced are gone, and nobody's concern.
+
+    Args:
+        weights: where the model's weights are, if on disk.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, weights: MappedWeights | None = None) -> None:
         self._model = model
+        self._weights = weights
         self._seen = [
-            _Seen(name, weakref.ref(value), value.data_ptr(), value._version, _sample(value))
+            _Seen(name, weakref.ref(value), value.data_ptr(), value._version, self._sample(value))
             for name, value in model.named_parameters()
         ]
 
@@ -59,7 +64,7 @@ class Untouched:
             parameter = seen.parameter()
             if parameter is None or id(parameter) not in there or seen.name in decided:
                 continue
-            if _changed(parameter, seen):
+            if self._changed(parameter, seen):
                 raise PassError(
                     f"The pass '{step}' changed the weight '{seen.name}' of the model itself. A pass that prunes yields its new values in a "
                     f"Decision, and optimum-prune puts them in; so mend the pass, or make it a RecoverPass."
@@ -80,13 +85,27 @@ class Untouched:
             for seen in self._seen
             if (parameter := there.pop(seen.name, None)) is None
             or parameter is not seen.parameter()
-            or _changed(parameter, seen)
+            or self._changed(parameter, seen)
         ]
         if changed := [*changed, *there]:
             raise PluginError(
                 f"A hook changed the weight '{changed[0]}' of the model before the pass '{step}', where it may only look. Mend the hook, or "
                 f"make it a pass."
             )
+
+    def _changed(self, parameter: Tensor, seen: _Seen) -> bool:
+        same = (parameter.data_ptr(), parameter._version) == (seen.address, seen.version)
+        return not same or not torch.equal(self._sample(parameter), seen.sample)
+
+    def _sample(self, value: Tensor) -> Tensor:
+        """Some elements of a tensor, bit for bit; the memory that they are read into is given back where it is mapped from a file."""
+        flat = value.detach().reshape(-1) if value.is_contiguous() else value.detach().flatten()
+        count = SAMPLES if self._weights is None else ON_DISK
+        step = max(flat.numel() // count, 1)
+        sample = flat[::step][:count].clone().view(torch.uint8)
+        if self._weights is not None:
+            self._weights.let_go(value)
+        return sample
 
 
 @contextmanager
@@ -95,28 +114,15 @@ def only_looked_at(model: nn.Module, step: str, models: Models | None) -> Iterat
 
     Args:
         step: the pass that they hear of.
-        models: where the weights are from, and lie: those on disk are not looked through.
+        models: where the weights are from, and lie.
 
     Raises:
         PluginError: naming the first weight.
     """
     check = models.check if models is not None else lambda: None
     check()
-    untouched = None if models is not None and models.weights is not None else Untouched(model)
+    untouched = Untouched(model, None if models is None else models.weights)
     yield
     check()
-    if untouched is not None:
-        untouched.check_looked_at(step)
+    untouched.check_looked_at(step)
     model.eval()
-
-
-def _changed(parameter: Tensor, seen: _Seen) -> bool:
-    same = (parameter.data_ptr(), parameter._version) == (seen.address, seen.version)
-    return not same or not torch.equal(_sample(parameter), seen.sample)
-
-
-def _sample(value: Tensor) -> Tensor:
-    """Some elements of a tensor, bit for bit."""
-    flat = value.detach().reshape(-1) if value.is_contiguous() else value.detach().flatten()
-    step = max(flat.numel() // SAMPLES, 1)
-    return flat[::step][:SAMPLES].clone().view(torch.uint8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -13,7 +14,7 @@ import tiny
 import torch
 from torch.nn.utils import prune
 
-from optimum_prune import Depth, Pruner, Recipe, Report, Settings, Text, Windows, compress, load_model
+from optimum_prune import Depth, Osscar, Pruner, Recipe, Report, Settings, Text, Windows, compress, load_model
 from optimum_prune.errors import CheckpointError, OptimumPruneError, RecipeError, TextError
 from optimum_prune.hooks.plugins import load
 from optimum_prune.report.written import writer_of
@@ -189,3 +190,27 @@ def test_an_autocast_of_the_process_changes_nothing(tmp_path):
 def test_settings_are_checked_in_python():
     with pytest.raises(RecipeError, match="'seed'"):
         Settings(seed="x")
+
+
+@pytest.mark.parametrize("step", [Depth(layers=1), Depth(drop=(1,)), Osscar(ratio=0.25)], ids=str)
+@pytest.mark.parametrize(
+    ("left", "why"),
+    [
+        (0, "has no decoder layers, so there is nothing to prune"),
+        (4, "has 4 layers, .* its config describes 6 layers, .* Write into model.config what it has"),
+    ],
+)
+def test_a_model_in_memory_that_lost_layers_by_hand_is_named_and_no_pass(left, why, step, tmp_path):
+    model = tiny.model("llama")
+    del model.model.layers[left:]
+    refusal = refused(Pruner.from_pretrained(model).prune, step, calibration=WINDOWS, save_dir=tmp_path / "out")
+    assert re.search(f"^LlamaForCausalLM {why}", refusal)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_in_memory_that_lost_layers_by_hand_is_pruned_when_its_config_says_so(tmp_path):
+    model = tiny.model("llama")
+    del model.model.layers[4:]
+    model.config.num_hidden_layers = 4
+    Pruner.from_pretrained(model).prune(Depth(layers=1), calibration=WINDOWS, save_dir=tmp_path / "out")
+    assert load_model(tmp_path / "out").config.num_hidden_layers == 3

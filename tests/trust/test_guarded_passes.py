@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -73,6 +73,25 @@ class Decides(PrunePass):
     def decide(self, decoder, calibration):
         evidence = Doing.at("work")
         yield Decision(Cuts(layers=(0, 2, 3, 4, 5)), evidence=evidence)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Changes(PrunePass):
+    """Leaves out the second layer, and changes the output head."""
+
+    name: ClassVar[str] = "changes"
+    how: str
+
+    def foresee(self, shape):
+        return shape.keep([0, 2, 3, 4, 5])
+
+    def decide(self, decoder, calibration):
+        yield Decision(Cuts(layers=(0, 2, 3, 4, 5)))
+        weight = decoder.model.lm_head.weight
+        if self.how == "in place":
+            weight.data.mul_(2)
+        else:
+            weight.data = 2 * weight.data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +194,15 @@ def test_evidence_may_be_numbers_of_other_libraries_and_nothing_else(step, recip
         doing(lambda: None, evidence=wrong)
         with pytest.raises(PassError, match=f"'{step}' gives as evidence"):
             compress(recipe(PASSES[step]), tmp_path / "again")
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("how", ["in place", "another"])
+def test_a_pass_that_changes_the_model_instead_of_deciding_is_noticed(how, offload, recipe, tmp_path):
+    given = recipe(Changes(how=how))
+    with pytest.raises(PassError, match=r"'changes' changed the weight 'lm_head\.weight' of the model itself"):
+        compress(replace(given, settings=replace(given.settings, offload=offload)), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("step", PASSES)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import tiny
 import torch
 from folder_passes import Archive, Halve
 
-from optimum_prune import Depth, Osscar, Recipe, Settings, Text, compress, hookimpl
+from optimum_prune import Depth, Osscar, Recipe, Settings, Source, Text, compress, hookimpl, load_model
 from optimum_prune.errors import CheckpointError, OptimumPruneError, OutputError, PluginError, RecipeError, VetoError
 from optimum_prune.machine.progress import Progress
 from optimum_prune.run.hidden import MARK, MARKED
@@ -120,6 +121,58 @@ def test_weights_that_change_while_they_are_read_are_named(harm, offload, recipe
     assert "out" not in names(tmp_path)
 
 
+class Removing:
+    """Takes a model's folder away when a text is read."""
+
+    def __init__(self, model):
+        self.model = model
+
+    @hookimpl
+    def calibration_sources(self):
+        yield Source("removing", self.read, suffixes=(".removing",))
+
+    def read(self, text):
+        shutil.rmtree(self.model)
+        yield Path(text.text).read_text()
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_model_that_is_removed_before_it_is_loaded_is_gone(offload, recipe, llama, text_file, tmp_path, monkeypatch):
+    """And no model of the Hub is taken for it, whatever its name."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(llama, tmp_path / "some" / "model")
+    text = shutil.copy(text_file, tmp_path / "text.removing")
+    given = replace(recipe(model="some/model", offload=offload), calibration=Text(text=text, samples=2, length=16))
+    with pytest.raises(CheckpointError, match=r"^The model's folder some/model is gone: it was there when") as caught:
+        compress(given, tmp_path / "out", hooks=[Removing(tmp_path / "some" / "model")])
+    one_line(caught)
+    assert names(tmp_path) == ["some", "text.removing"]
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("what", ["folder", "file"])
+def test_a_model_that_is_removed_while_it_is_read_is_gone(what, offload, recipe, llama, tmp_path):
+    model = shutil.copytree(llama, tmp_path / "model")
+
+    def remove():
+        (model / "model.safetensors").unlink()
+        if what == "folder":
+            shutil.rmtree(model)
+
+    named = f"model's folder {model}" if what == "folder" else f"weights file {model / 'model.safetensors'}"
+    with pytest.raises(CheckpointError, match=f"^The {named} was removed while it was read") as caught:
+        compress(recipe(model=model, offload=offload), tmp_path / "out", hooks=[Hook({"depth": remove})])
+    one_line(caught)
+    assert "out" not in names(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./nowhere", "no/where/model"])
+def test_a_folder_that_is_not_there_is_no_wrong_name_of_the_hub(name):
+    with pytest.raises(CheckpointError, match="there is no folder of that name") as caught:
+        load_model(name)
+    assert name in one_line(caught)
+
+
 # The last lines of a run
 
 
@@ -172,6 +225,7 @@ def test_a_veto_before_a_later_pass_keeps_what_is_done(recipe, tmp_path):
     [
         ("before", ConnectionError("no network")),
         ("before", OSError(28, "full")),
+        ("before", GeneratorExit()),
         ("after", SystemExit(0)),
         ("after", MemoryError()),
     ],
@@ -209,20 +263,23 @@ def test_an_error_that_cannot_be_shown_loses_no_run(recipe, tmp_path, capsys):
     assert names(tmp_path) == ["out"]
 
 
-@pytest.mark.parametrize("change", ["in place", "another", "a layer less"])
-def test_a_hook_that_changes_the_model_is_noticed(change, recipe, tmp_path):
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("change", ["in place", "to what is no number", "another", "a layer less"])
+def test_a_hook_that_changes_the_model_is_noticed(change, offload, recipe, tmp_path):
     class Meddling:
         @hookimpl
         def before_pass(self, step, model):
             if change == "in place":
                 model.lm_head.weight.data.zero_()
+            elif change == "to what is no number":
+                model.model.layers[3].mlp.up_proj.weight.data.fill_(float("nan"))
             elif change == "another":
                 model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
             else:
                 del model.model.layers[5]
 
     with pytest.raises(PluginError, match="A hook changed the weight") as caught:
-        compress(recipe(), tmp_path / "out", hooks=[Meddling()])
+        compress(recipe(offload=offload), tmp_path / "out", hooks=[Meddling()])
     one_line(caught)
     assert names(tmp_path) == []
 

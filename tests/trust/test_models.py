@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from optimum_prune.cli.main import main
+from optimum_prune.run.ownership import foreign
 
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 UP = "model.layers.3.mlp.up_proj.weight"
@@ -170,6 +171,31 @@ def test_code_that_is_trusted_is_run_in_memory_and_on_disk_and_saved_with_the_mo
     assert (out / "own.py").is_file()
 
 
+@pytest.fixture
+def with_processor(model):
+    """The folder of a model that brings code to prepare images, in two files, and a third that nothing names."""
+    (model / "processing_own.py").write_text("from .parts_own import part\n")
+    for name in ("parts_own", "stray"):
+        (model / f"{name}.py").write_text("part = 1\n")
+    named = {"AutoImageProcessor": "processing_own.Processor", "AutoProcessor": "somebody/else--processing.Other"}
+    edit(model / "preprocessor_config.json", size=3, auto_map=named)
+    return model
+
+
+def test_code_of_a_processor_that_is_trusted_is_carried_along(with_processor, taken):
+    out = taken(with_processor, "--trust-remote-code")
+    named = json.loads((out / "preprocessor_config.json").read_text())
+    assert named == {"size": 3, "auto_map": {"AutoImageProcessor": "processing_own.Processor"}}
+    assert sorted(file.name for file in out.glob("*.py")) == ["parts_own.py", "processing_own.py"]
+    assert foreign(out) == []
+
+
+def test_code_of_a_processor_that_is_not_trusted_is_neither_carried_along_nor_named(with_processor, taken):
+    out = taken(with_processor)
+    assert json.loads((out / "preprocessor_config.json").read_text()) == {"size": 3}
+    assert list(out.glob("*.py")) == []
+
+
 LINKED = [WEIGHTS, CONFIG, "tokenizer.json", "generation_config.json", "preprocessor_config.json", "LICENSE"]
 
 
@@ -287,6 +313,21 @@ def test_a_pickle_of_tensors_is_read_but_not_left_on_disk(model, prune, taken):
     assert code == 1
     assert "its weights are in pytorch_model.bin" in error
     assert "leave --offload out" in error
+
+
+def test_a_model_without_weights_is_to_be_fetched_and_not_to_be_saved_anew(model, refused):
+    (model / WEIGHTS).unlink()
+    assert refused(model).endswith("nor an index of such. Fetch them, or name another folder.")
+
+
+def test_a_folder_whose_weights_are_of_another_program_names_their_file(model, refused):
+    (model / WEIGHTS).rename(model / "model-q4.gguf")
+    assert refused(model).endswith("nor an index of such. Name its file model-q4.gguf instead.")
+
+
+def test_a_file_of_weights_that_a_config_names_and_that_is_not_there_is_named(model, refused):
+    edit(model / CONFIG, transformers_weights="other.safetensors")
+    assert "has no file other.safetensors, which its config names" in refused(model)
 
 
 # Nothing is silently wrong
