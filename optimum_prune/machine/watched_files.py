@@ -1,4 +1,11 @@
-"""Files of weights that are read for as long as a run lasts, and whether somebody has changed them meanwhile."""
+"""Files of weights that are read for as long as a run lasts, and whether somebody has changed them meanwhile.
+
+Weights are mapped from their files, in memory too where they are loaded in the dtype that they are stored in. It is looked whether the
+files are as they were before each layer runs and before each tensor is written. One that is cut short within the milliseconds between
+that and the end of the layer ends the process with a bus error of the system, and no sentence: Python runs no handler of its own before
+the instruction that failed is tried again. To be safe from that too, weights would have to be copied out of the map, which takes
+memory that the system cannot take back. What was kept by then is whole, and the same command goes on from there.
+"""
 
 from __future__ import annotations
 
