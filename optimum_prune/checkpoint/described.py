@@ -63,7 +63,7 @@ def refuse_quantized(config: Mapping[str, Any], model: str) -> None:
         )
         raise CheckpointError(
             f"{model} is already quantized ({method}): its weights are packed and cannot be cut exactly. Prune the unquantized "
-            f"checkpoint, and quantize as a later pass of the recipe."
+            f"checkpoint, and quantize as a later pass of the recipe; or if they are not packed, take 'quantization_config' out of its config.json."
         )
 
 

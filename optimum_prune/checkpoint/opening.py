@@ -20,6 +20,7 @@ from optimum_prune.checkpoint.generation import FILE as GENERATION
 from optimum_prune.checkpoint.generation import check_generation
 from optimum_prune.checkpoint.quiet import quietly
 from optimum_prune.checkpoint.stored import stored_dtype
+from optimum_prune.checkpoint.vocabulary import check_vocabulary
 from optimum_prune.errors import CheckpointError, FamilyError, printable, reason
 from optimum_prune.machine.given_files import flaw, mapping_in, path_of
 from optimum_prune.machine.tensor_files import INDICES, listed
@@ -97,6 +98,8 @@ class Checkpoint:
             raise CheckpointError(f"The tokenizer of {self.name} cannot be read: {reason(error)}") from error
         if not isinstance(getattr(tokenizer, "model_max_length", 0), (int, float)):
             raise CheckpointError(f"The 'model_max_length' of {where} is no number. Mend it.")
+        if not self.gguf_file:
+            check_vocabulary(tokenizer, self.name, file_names(self.source))
         return tokenizer
 
     def companions(self, *, tokenizer: bool = True) -> tuple[Path, ...]:
