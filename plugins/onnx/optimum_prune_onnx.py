@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from optimum_prune import CheckpointSpec, FolderPass, Job, Runtime, Stage, hookimpl, option
@@ -77,12 +78,28 @@ class Onnx(FolderPass):
         model = open_to_export(job, self.dtype)
         quantizer = _int8(model.config.get_text_config().hidden_size) if self.quantize == "int8" else None
         export(OnnxExporter(), trace(model), OnnxConfig(quantizer=quantizer)).save_pretrained(job.target)
+        _forget_traces(job.target / "model.onnx")
         add_companions(job, EXAMPLE)
         return {"dtype": self.dtype, "quantize": self.quantize}
 
     def open(self, folder: Path, device: str) -> Runtime:
         """The graph in ONNX Runtime."""
         return OnnxRuntime(folder, device, "int8" if self.quantize == "int8" else self.dtype)
+
+
+def _forget_traces(file: Path) -> None:
+    """Takes out of a graph where in whose Python files each of its nodes comes from; that is most of the file, and tells where they lie."""
+    onnx: Any = import_module("onnx")  # which says its types where it is installed only
+    model = onnx.load(file, load_external_data=False)
+    ahead = [model.graph, *model.functions]
+    while ahead:
+        part = ahead.pop()
+        for each in (part, *part.node, *part.value_info):
+            each.ClearField("metadata_props")
+            each.ClearField("doc_string")
+        held = [attribute for node in part.node for attribute in node.attribute]
+        ahead += [graph for attribute in held for graph in (attribute.g, *attribute.graphs) if graph.node]
+    file.write_bytes(model.SerializeToString())
 
 
 def _int8(hidden_size: int) -> Any:
