@@ -89,7 +89,11 @@ def _guarded(source: Source, text: Text, work: Callable[[Text], Any]) -> Any:
         return work(text)
     except OptimumPruneError:
         raise
-    except Exception as error:  # of a plugin, of a library that reads a file, or of the network
+    except (
+        Exception,
+        SystemExit,
+        GeneratorExit,
+    ) as error:  # of a plugin, of a library that reads a file, or of the network
         if found_no_memory(error):
             raise
         raise TextError(

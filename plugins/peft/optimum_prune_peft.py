@@ -6,7 +6,6 @@ weights, trained by `distill`, recover more of what was lost.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -91,18 +90,18 @@ class _Adapted(Student):
     def __init__(self, decoder: Decoder, step: Lora, lesson: Lesson) -> None:
         from peft.tuners.lora import LoraModel
 
-        model = decoder.model
+        model, self._layers = decoder.model, decoder.modules
         self._adapted = dict(_adapted(decoder, step))
         zeros = masked({name: value.data for name, value in self._adapted.items()}) if step.keep_zeros else {}
         _check_zeros(step, zeros)
         self._frozen = {name: value.requires_grad for name, value in model.named_parameters()}
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "The following (rank|alpha)_pattern keys"
-            )  # peft's own, of fused experts
+        model.requires_grad_(False)
+        with torch.random.fork_rng():
             torch.manual_seed(lesson.seed)
-            self._tuner = LoraModel(model, {NAME: _config(step, self._adapted, model)}, NAME)
-        _let_zeros_stay(model, zeros)
+            # of the list of layers and not of the model, whose names for fused experts peft would take for those of others
+            self._tuner = LoraModel(self._layers, {NAME: _config(step, self._adapted, model)}, NAME)
+        for name, there in zeros.items():
+            _mask(self._layers.get_submodule(name.rpartition(".")[0]), there)
         self._merged = False
         trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
         super().__init__(model, lesson.folder, float32=step.float32, zeros_stay=False, trained=trained)
@@ -131,12 +130,14 @@ class _Adapted(Student):
     @torch.no_grad()
     def _put_base(self) -> None:
         for name, value in load_file(self.folder / BASE).items():
-            self.model.get_parameter(name).data.copy_(value)
+            self._layers.get_parameter(name).data.copy_(value)
 
 
 def _adapted(decoder: Decoder, step: Lora) -> Iterator[tuple[str, nn.Parameter]]:
-    """The weights that get adapters, by their names: those of linear layers, and of experts, whose tensors have three dimensions."""
-    names = {value: name for name, value in decoder.model.named_parameters()}
+    """The weights that get adapters, by their paths from the list of layers: of linear layers, and of experts, whose tensors have three
+    dimensions.
+    """
+    names = {value: name for name, value in decoder.modules.named_parameters()}
     found = False
     for layer in decoder.layers:
         for path, module in layer.module.named_modules():
@@ -200,12 +201,6 @@ def _in_rows(model: PreTrainedModel) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return any(isinstance(module, Conv1D) for module in model.modules())
-
-
-def _let_zeros_stay(model: PreTrainedModel, zeros: Mapping[str, Tensor]) -> None:
-    """Lets adapters act on no weight that is zero by a mask, while they are trained and when they are merged."""
-    for name, there in zeros.items():
-        _mask(model.get_submodule(name.rpartition(".")[0]), there)
 
 
 def _mask(adapted: Any, there: Tensor) -> None:
