@@ -115,22 +115,11 @@ class Pruner:
             OptimumPruneError: whatever a user can mend; then there is no output folder.
         """
         texts = _texts(calibration, evaluation, length_limit(self.source.config.get_text_config()))
-        named: dict[str, Any] = {
-            "calibration": _text(calibration),
-            "evaluation": _text(evaluation),
-            "training": _training(training),
-        }
-        recipe = Recipe(passes=passes, settings=self.settings, **named)
-        compress(
-            recipe,
-            save_dir,
-            source=self.source,
-            texts=texts or self._probing_texts(recipe),
-            overwrite=overwrite,
-            resume=resume,
-            hooks=hooks,
-            progress=Progress.for_terminal() if progress is None else progress,
-        )
+        named: dict[str, Any] = {"calibration": _text(calibration), "evaluation": _text(evaluation)}
+        recipe = Recipe(passes=passes, training=_training(training), settings=self.settings, **named)
+        how: dict[str, Any] = {"overwrite": overwrite, "resume": resume, "hooks": hooks}
+        how["progress"] = Progress.for_terminal() if progress is None else progress
+        compress(recipe, save_dir, source=self.source, texts=texts or self._probing_texts(recipe), **how)
         return path_of(save_dir)
 
     def _probing_texts(self, recipe: Recipe) -> Texts | None:

@@ -16,8 +16,9 @@ NO_PLUGINS = ("demo", "test", "lint")
 def passes_table(plugins: Plugins, extras: bool = False) -> str:
     """The built-in passes as a Markdown table, or those that the extras bring."""
     rows = ["| pass | stage | what it does | options |", "|---|---|---|---|"]
+    brought = metadata(BUILT_IN).get_all("Provides-Extra") or []
     for name, step in sorted(plugins.passes.items(), key=lambda item: (item[1].stage, item[0])):
-        if plugins.providers[name].distribution == (f"{BUILT_IN}-{name}" if extras else BUILT_IN):
+        if name in brought if extras else plugins.providers[name].distribution == BUILT_IN:
             options = ", ".join(f"`{option}`" for option in options_of(step))
             rows.append(f"| `{name}` | {step.stage.name} | {step.summary()} | {options} |")
     return "\n".join(rows)
