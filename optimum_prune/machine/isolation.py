@@ -36,6 +36,8 @@ SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
     (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
 )
 """How what torch computes by for the whole process is read, and set."""
+NO_DEVICE = "cpu" if torch.__version__.startswith("2.9.") else None
+"""What puts torch's default device back to the CPU: of a device that is none, torch 2.9 cannot tell any more which it is, and fails."""
 
 
 @contextmanager
@@ -196,7 +198,7 @@ class _State:
             if read() != before:
                 change(before)
         if torch.get_default_device() != self.device:
-            torch.set_default_device(None if self.device.type == "cpu" else self.device)
+            torch.set_default_device(NO_DEVICE if self.device.type == "cpu" else self.device)
         if self.folder is not None:
             with suppress(OSError):
                 os.chdir(self.folder)

@@ -18,6 +18,7 @@ def state():
     return (
         torch.get_default_dtype(),
         torch.empty(1).device,
+        torch.get_default_device(),
         torch.is_grad_enabled(),
         torch.get_num_threads(),
         Path.cwd(),
