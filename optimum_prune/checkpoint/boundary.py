@@ -18,6 +18,8 @@ NAMING = ("transformers_weights", "configuration_files", "fast_tokenizer_files")
 """Fields of JSON files that name other files of the folder."""
 STALE = ("special_tokens_map_file", "added_tokens_file")
 """Fields in which a tokenizer notes where it was once read from; nothing reads them."""
+FOUND = ("tokenizer_file", "vocab_file", "merges_file", "spm_file")
+"""Files that transformers finds in a tokenizer's folder; before version 5.10, only where its config does not name others."""
 
 
 def check_folder(folder: Path, *, code: bool = False) -> None:
@@ -82,6 +84,11 @@ def check_tokenizer_files(plain: Mapping[str, Any], folder: Path, where: str) ->
                 f"The '{key}' of {where} is {cut(printable(value), LONGEST)}, which is outside of the model's folder, and nothing outside is "
                 f"read. Take it out."
             )
+
+
+def found_files(plain: Mapping[str, Any]) -> dict[str, None]:
+    """The arguments with which transformers takes a tokenizer's files from its folder, whatever its config says of them."""
+    return {key: None for key in FOUND if key in plain}
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:

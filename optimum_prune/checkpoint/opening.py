@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from optimum_prune.checkpoint.adapters import ADAPTERS, refuse_adapter
-from optimum_prune.checkpoint.boundary import check_folder, check_names, check_tokenizer_files
+from optimum_prune.checkpoint.boundary import check_folder, check_names, check_tokenizer_files, found_files
 from optimum_prune.checkpoint.companions import companions_of
 from optimum_prune.checkpoint.described import check_described, check_plain, refuse_quantized
 from optimum_prune.checkpoint.files import cached, file_names
@@ -87,7 +87,7 @@ class Checkpoint:
         check_tokenizer_files(plain, folder, where)
         try:
             with quietly():
-                tokenizer = AutoTokenizer.from_pretrained(self.source, **self.arguments())
+                tokenizer = AutoTokenizer.from_pretrained(self.source, **found_files(plain), **self.arguments())
         except (KeyboardInterrupt, SystemExit):
             raise
         except (

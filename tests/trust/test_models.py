@@ -264,6 +264,14 @@ def test_where_a_tokenizer_was_once_read_from_is_nobodys_concern(model, taken):
     taken(model)
 
 
+def test_a_tokenizer_is_read_from_its_folder_and_not_from_the_current_one(model, taken, tmp_path, monkeypatch):
+    expected = AutoTokenizer.from_pretrained(model)(tiny.text(20))
+    tiny.tokenizer(bos=False).save_pretrained(tmp_path / "here")
+    edit(model / "tokenizer_config.json", tokenizer_file="tokenizer.json")
+    monkeypatch.chdir(tmp_path / "here")
+    assert AutoTokenizer.from_pretrained(taken(model))(tiny.text(20)) == expected
+
+
 @pytest.mark.parametrize("field", ["transformers_weights", "configuration_files"])
 def test_a_config_names_no_files_outside(field, model, refused):
     edit(model / CONFIG, **{field: "../config.4.0.json"})
