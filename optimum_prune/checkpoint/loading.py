@@ -272,8 +272,9 @@ def _problems(info: Mapping[str, Any], tolerated: Collection[str]) -> str:
 
 def dtype_of(config: PreTrainedConfig, dtype: str) -> torch.dtype:
     """The dtype that a name or "auto" means: the latter the checkpoint's own, or float32 if its config names none."""
-    chosen: torch.dtype | None = config.dtype if dtype == "auto" else getattr(torch, dtype)
-    return chosen or torch.float32
+    chosen: torch.dtype | str = (config.dtype if dtype == "auto" else dtype) or torch.float32
+    known: torch.dtype = getattr(torch, chosen) if isinstance(chosen, str) else chosen
+    return known  # transformers leaves a name in the config of a model that it saves
 
 
 def item_size(config: PreTrainedConfig, dtype: str) -> int:
