@@ -11,13 +11,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import cast
 
 from optimum_prune.errors import RecipeError, shown
 from optimum_prune.machine.given_files import path_of
+from optimum_prune.machine.versions import installed_versions
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.folder import FolderPass
 
@@ -186,11 +185,5 @@ def isolated_environment(path: str = "") -> dict[str, str]:
 
 def versions(step: Pass) -> dict[str, str]:
     """The versions of Python, torch, transformers and what a pass requires, in the interpreter that asks."""
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
-    for requirement in {**NEEDED, **step.requires}.values():
-        name = re.split(r"[^A-Za-z0-9._-]", requirement)[0]
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:  # not installed by pip
-            continue
-    return found
+    required = {**NEEDED, **step.requires}.values()
+    return installed_versions(re.split(r"[^A-Za-z0-9._-]", requirement)[0] for requirement in required)

@@ -6,15 +6,17 @@ import platform
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
+
 PACKAGES = ("optimum-prune", "torch", "transformers", "optimum", "accelerate", "datasets", "safetensors")
 
 
 def installed_versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """The version of Python, and of each of these packages that is installed."""
+    """The version of Python, and of each of these packages that is installed; of torch, the build too."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # run from a source tree that is not installed
+            found[package] = str(torch.__version__) if package == "torch" else version(package)
+        except PackageNotFoundError:  # run from a source tree that is not installed, or not installed by pip
             continue
     return found
