@@ -167,7 +167,8 @@ def test_an_error_of_one_process_ends_all(command, llama, tmp_path):
     )
     done = run(*TWO, script)
     assert done.returncode == 0, done.stderr
-    assert sorted(line[:16] for line in done.stdout.splitlines()) == ["0 The embeddings", "1 The embeddings"]
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("[Gloo]")]  # of torch 2.9 and 2.10
+    assert sorted(line[:16] for line in lines) == ["0 The embeddings", "1 The embeddings"]
 
 
 def test_a_process_that_is_killed_ends_all(tmp_path):
