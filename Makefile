@@ -21,6 +21,8 @@ NEWEST ?= .venv-newest
 OLDEST_EXPORT ?= .venv-oldest-export
 TINY := tests --ignore tests/test_real_model.py
 ONNX := --editable plugins/onnx
+# Fails where anything but the oldest versions of what OPTIMUM_PRUNE_OLDEST names is installed.
+DECLARED := tests/trust/test_declared_versions.py
 
 .PHONY: demo test test-versions check check-plugins lint format readme grid recovery clean
 
@@ -40,8 +42,8 @@ check-plugins: $(ALL)/ready $(LLM_COMPRESSOR)/ready
 
 # Tests, conformance and one export, on tiny models. With UV_TORCH_BACKEND=cpu, torch comes without what GPUs need, from its own index.
 test-versions: $(OLDEST)/ready $(OLDEST_EXPORT)/ready $(NEWEST)/ready
-	$(OLDEST)/bin/python -m pytest -n auto $(TINY)
-	$(OLDEST_EXPORT)/bin/python -m pytest -n auto tests/conversion plugins/onnx
+	OPTIMUM_PRUNE_OLDEST=optimum-prune $(OLDEST)/bin/python -m pytest -n auto $(TINY)
+	OPTIMUM_PRUNE_OLDEST=optimum-prune-onnx $(OLDEST_EXPORT)/bin/python -m pytest -n auto $(DECLARED) tests/conversion plugins/onnx
 	$(NEWEST)/bin/python -m pytest -n auto $(TINY) plugins/onnx
 
 lint: $(VENV)/ready
