@@ -29,7 +29,7 @@ def common(model, text, *more):
 
 def process(*command, **options):
     return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=False, timeout=120, **options
+        [str(part) for part in command], capture_output=True, text=True, check=False, timeout=600, **options
     )
 
 

@@ -31,7 +31,7 @@ BY_THREE = ("osscar-global", "mixture-shared", "depth-racing", "one-window")
 """Fewer windows than processes among them."""
 
 
-def run(*command, timeout=120):
+def run(*command, timeout=600):
     place = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}{os.pathsep}{TESTS}"}
     return subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, check=False, timeout=timeout, env=place
