@@ -125,6 +125,8 @@ def test_a_column_of_parquet_that_holds_no_text_is_named(column, kind, tmp_path,
 
 @pytest.mark.parametrize("kind", ["large_string", "string_view", "dictionary"])
 def test_texts_of_every_kind_of_parquet_are_read(kind, tmp_path, plain, sources):
+    if kind == "string_view" and not hasattr(pyarrow, kind):
+        pytest.skip("there are string views since pyarrow 16")
     column = pyarrow.array(DOCUMENTS)
     column = column.dictionary_encode() if kind == "dictionary" else column.cast(getattr(pyarrow, kind)())
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "other.parquet")

@@ -96,9 +96,7 @@ def _is_text(kind: Any) -> bool:
     if types.is_list(kind) or types.is_large_list(kind):
         return bool(types.is_struct(kind.value_type))
     kind = kind.value_type if types.is_dictionary(kind) else kind
-    return bool(
-        types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind) or types.is_null(kind)
-    )
+    return str(kind) in ("string", "large_string", "string_view", "null")  # string views are of pyarrow 16
 
 
 def _opened(path: Path) -> io.BufferedReader:

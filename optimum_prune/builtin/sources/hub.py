@@ -34,6 +34,9 @@ def _read_hub(text: Text) -> Iterator[str | None]:
     if names is not None:
         check_column(text.column, names, text)
     for row in rows:
+        if names is None:  # older datasets tell no names of what is streamed
+            names = list(row)
+            check_column(text.column, names, text)
         yield row[text.column]
 
 
