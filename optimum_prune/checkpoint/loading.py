@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -271,10 +271,9 @@ def _problems(info: Mapping[str, Any], tolerated: Collection[str]) -> str:
 
 
 def dtype_of(config: PreTrainedConfig, dtype: str) -> torch.dtype:
-    """The dtype that a name or "auto" means: the latter the checkpoint's own, or float32 if its config names none."""
+    """The dtype that a name or "auto" means: the latter the checkpoint's own, or float32 if its config names none; that may be a text."""
     chosen: torch.dtype | str = (config.dtype if dtype == "auto" else dtype) or torch.float32
-    known: torch.dtype = getattr(torch, chosen) if isinstance(chosen, str) else chosen
-    return known  # transformers leaves a name in the config of a model that it saves
+    return cast(torch.dtype, getattr(torch, chosen) if isinstance(chosen, str) else chosen)
 
 
 def item_size(config: PreTrainedConfig, dtype: str) -> int:
