@@ -14,6 +14,7 @@ from optimum_prune.machine.isolation import guarded
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.checkpoint_spec import CheckpointSpec
 from optimum_prune.passes.folder import FolderPass
+from optimum_prune.plan.source import device_of
 from optimum_prune.text.windows import Texts
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def check_disk(folder: Path, needed: int) -> None:
 
 
 def check_launch(recipe: Recipe) -> None:
-    """Refuses to train a model that processes would share out among them: each is to hold all of it.
+    """Refuses to train a model that processes would share out among them: each is to hold all of it. By FSDP, accelerate never does on CPUs.
 
     Raises:
         RecipeError: accelerate was told to.
@@ -135,7 +136,7 @@ def check_launch(recipe: Recipe) -> None:
     ways = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed"}
     asked = [way for name, way in ways.items() if os.environ.get(name, "").lower() in ("1", "true", "yes")]
     trained = [step.name for step in recipe.passes if step.trains]
-    if asked and trained:
+    if asked and trained and not (asked == ["FSDP"] and device_of(recipe.settings) == "cpu"):
         raise RecipeError(
             f"accelerate is to share out the model among processes by {asked[0]}, and '{trained[0]}' trains one that each process holds whole. "
             f"Launch it without {asked[0]}; where memory is short, take 'lora' or 'reconstruct'."
