@@ -22,7 +22,6 @@ from optimum_prune.checkpoint.loading import load_model
 from optimum_prune.errors import PassError
 from optimum_prune.evaluation.runtime import Runtime
 from optimum_prune.machine.isolation import isolated
-from optimum_prune.surgery.modeling_pruned import FILE
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -190,6 +189,8 @@ def arrays(tokens: Int[Tensor, "w t"], before: int, names: Collection[str]) -> d
 
 def add_companions(job: Job, example: str) -> None:
     """Puts beside a graph where generation ends, the code that reads its config, and `example.py`."""
+    from optimum_prune.surgery.modeling_pruned import FILE  # transformers takes long to import
+
     for name in (GENERATION, f"{FILE}.py"):
         if (job.source / name).is_file():
             shutil.copy(job.source / name, job.target)
