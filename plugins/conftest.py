@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+sys.path.remove(str(Path(__file__).parent))  # where folders are called like the libraries that they stand on
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import pytest
