@@ -48,7 +48,7 @@ def test_every_extra_brings_its_pass(plugins):
 
 
 def test_the_readme_lists_what_the_extras_bring(plugins):
-    assert passes_table(plugins, extras=True) in (ROOT / "README.md").read_text()
+    assert passes_table(plugins, of_extras=True) in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import metadata
 from pathlib import Path
 
-from optimum_prune.hooks.plugins import BUILT_IN, Plugins, load
+from optimum_prune.hooks.plugins import BUILT_IN, Plugins, extras, load
 from optimum_prune.options import options_of
 
 NO_PLUGINS = ("demo", "test", "lint")
 """Extras that bring no pass."""
 
 
-def passes_table(plugins: Plugins, extras: bool = False) -> str:
+def passes_table(plugins: Plugins, *, of_extras: bool = False) -> str:
     """The built-in passes as a Markdown table, or those that the extras bring."""
     rows = ["| pass | stage | what it does | options |", "|---|---|---|---|"]
-    brought = metadata(BUILT_IN).get_all("Provides-Extra") or []
     for name, step in sorted(plugins.passes.items(), key=lambda item: (item[1].stage, item[0])):
-        if name in brought if extras else plugins.providers[name].distribution == BUILT_IN:
+        if name in extras() if of_extras else plugins.providers[name].distribution == BUILT_IN:
             options = ", ".join(f"`{option}`" for option in options_of(step))
             rows.append(f"| `{name}` | {step.stage.name} | {step.summary()} | {options} |")
     return "\n".join(rows)
@@ -26,8 +24,7 @@ def passes_table(plugins: Plugins, extras: bool = False) -> str:
 
 def extras_missing(plugins: Plugins) -> list[str]:
     """The extras whose plugins are not installed."""
-    extras = metadata(BUILT_IN).get_all("Provides-Extra") or []
-    return [extra for extra in extras if extra not in (*NO_PLUGINS, *plugins.passes)]
+    return [extra for extra in extras() if extra not in (*NO_PLUGINS, *plugins.passes)]
 
 
 def families_table(plugins: Plugins) -> str:
@@ -47,7 +44,7 @@ def filled_in(readme: str, plugins: Plugins, own_method: str) -> str:
         "own-method": f"```python\n{own_method.rstrip()}\n```",
     }
     if extras_missing(plugins) == []:
-        parts["plugin-passes"] = passes_table(plugins, extras=True)
+        parts["plugin-passes"] = passes_table(plugins, of_extras=True)
     for name, text in parts.items():
         before, begin, rest = readme.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")

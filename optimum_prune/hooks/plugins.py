@@ -62,12 +62,17 @@ class Plugins:
             PluginError: no such pass; the message has the extra that brings it, or the nearest name and all names.
         """
         if name not in self.passes:
-            if name in (metadata(BUILT_IN).get_all("Provides-Extra") or ()):
+            if name in extras():
                 raise PluginError(
                     f"The pass '{name}' comes with a plugin that is not installed. Run: pip install '{BUILT_IN}[{name}]'"
                 )
             raise PluginError(unknown("pass", name, self.passes, "Installed"))
         return self.passes[name]
+
+
+def extras() -> list[str]:
+    """The extras of this distribution; each that brings a pass is called as that."""
+    return metadata(BUILT_IN).get_all("Provides-Extra") or []
 
 
 def load(hooks: Iterable[object] = ()) -> Plugins:

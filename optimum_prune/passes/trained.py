@@ -83,7 +83,8 @@ class TrainedPass(RecoverPass):
         """What of the model is trained."""
         from optimum_prune.training.student import Student
 
-        float32 = self._fits(decoder) if self.float32 is None else self.float32
+        parameters = sum(value.numel() for value in decoder.model.parameters())
+        float32 = self._in_float32(parameters)
         return Student(decoder.model, lesson.folder, float32=float32, zeros_stay=self.keep_zeros)
 
     def recover(self, recovery: Recovery) -> Mapping[str, Any]:
@@ -152,9 +153,8 @@ class TrainedPass(RecoverPass):
         rounds = f"in {self.epochs:g} rounds through its text" if self.epochs else f"for {self.minutes or 0:g} minutes"
         budget = rounds if tokens is None else f"on {tokens:,} tokens"
         needed = self.trained_bytes * shape.parameters
-        fits = needed < free_memory() if self.float32 is None else self.float32
         kept = f"kept in float32 meanwhile, {needed / 1e9:,.2f} GB with gradients and averages"
-        if not fits:
+        if not self._in_float32(shape.parameters):
             kept = (
                 f"left in their dtype: in float32 they would take {needed / 1e9:,.2f} GB with gradients and averages"
             )
@@ -164,7 +164,6 @@ class TrainedPass(RecoverPass):
         """Bytes of what is trained, beside the model."""
         return shape.parameters * (self.trained_bytes if self.float32 is not False else 3 * work.itemsize)
 
-    def _fits(self, decoder: Decoder) -> bool:
-        """Whether there is memory for weights in float32, their gradients, and two averages of these."""
-        parameters = sum(value.numel() for value in decoder.model.parameters())
-        return bool(self.trained_bytes * parameters < free_memory())
+    def _in_float32(self, parameters: int) -> bool:
+        """Whether so many weights are kept in float32, with their gradients and two averages of these: if not told, where there is memory for it."""
+        return self.trained_bytes * parameters < free_memory() if self.float32 is None else self.float32

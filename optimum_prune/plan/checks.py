@@ -100,8 +100,7 @@ def check_texts(texts: Texts, config: PreTrainedConfig) -> None:
     Raises:
         RecipeError: the model does not know one of their tokens.
     """
-    taught = [windows for domain in texts.training for windows in (domain.windows, domain.held_out)]
-    every = (texts.calibration, texts.evaluation, *taught)
+    every = (texts.calibration, texts.evaluation, *texts.taught)
     largest = max(int(windows.tokens.max()) for windows in every if windows is not None)
     if largest >= config.vocab_size:
         raise RecipeError(

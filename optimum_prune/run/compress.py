@@ -162,7 +162,7 @@ def _texts(plan: Plan, plugins: Plugins, progress: Progress, given: Texts | None
         if given is None:
             drawn = draw(recipe.calibration, recipe.evaluation, reader, recipe.settings.seed)
             texts = Texts(drawn.calibration, drawn.evaluation)
-            by = Chosen(drawn.text, drawn.tokens, drawn.calibration.length)
+            by = Chosen(drawn.text, drawn.tokens, drawn.calibration.length, drawn.conversations)
         else:
             texts, by = given, Chosen(Text(), torch.zeros(0, dtype=torch.long), given.calibration.length)
         if not taught:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from optimum_prune.errors import RecipeError, TextError
-from optimum_prune.text.conversations import Conversation
 from optimum_prune.text.drawing import Reader
 from optimum_prune.text.packed import packed
 from optimum_prune.text.text import Text, windows_wanted
@@ -32,6 +31,8 @@ class Chosen:
     """Without those that are reported on."""
     length: int
     """Of its windows."""
+    conversations: bool = False
+    """Whether it holds conversations, of which all tokens are here, and not the answers alone."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class TrainingReader:
         return found
 
     def _chosen_windows(self, text: DomainText, title: str) -> Windows:
-        if isinstance(next(self.reader.pieces(self.chosen.text), None), Conversation):
+        if self.chosen.conversations:
             raise TextError(
                 f"The text {title} holds conversations, of which answers alone are trained on, and passes choose by it as it is. Name another text "
                 f"under 'training', or another under 'calibration'."

@@ -67,7 +67,11 @@ class Reader:
         return length - (self.bos is not None)
 
     def read(self, text: Text, characters: int) -> str:
-        """The documents of a text, joined.
+        """The documents of a text, joined; otherwise as `read_and_tell`."""
+        return self.read_and_tell(text, characters)[0]
+
+    def read_and_tell(self, text: Text, characters: int) -> tuple[str, bool]:
+        """The documents of a text, joined, and whether there are conversations among them.
 
         Args:
             characters: no more than so many of them.
@@ -75,8 +79,9 @@ class Reader:
         Raises:
             TextError: it cannot be read, or is empty.
         """
-        parts, size = [], 0
+        parts, size, conversations = [], 0, False
         for part in self.pieces(text):
+            conversations = conversations or isinstance(part, Conversation)
             parts.append(part if isinstance(part, str) else part.written(self.tokenizer))
             size += len(parts[-1])
             if size > characters:
@@ -86,7 +91,7 @@ class Reader:
             raise TextError(
                 f"The text {text.describe()} is empty. Name one with enough text for a window of {text.length} tokens."
             )
-        return joined
+        return joined, conversations
 
     def pieces(self, text: Text) -> Iterator[str | Conversation]:
         """The documents of a text, in order, with what is put between two; or conversations.
@@ -134,6 +139,8 @@ class Drawn:
     """The one to calibrate on."""
     tokens: Int[Tensor, " tokens"]
     """Of that text, without those that are reported on."""
+    conversations: bool
+    """Whether that text holds conversations."""
 
 
 def draw(calibration: Text, evaluation: Text, reader: Reader, seed: int) -> Drawn:
@@ -147,13 +154,15 @@ def draw(calibration: Text, evaluation: Text, reader: Reader, seed: int) -> Draw
     chosen, reported = window_counts(calibration, evaluation, reader.limit)
     calibration, evaluation = replace(calibration, length=chosen.length), replace(evaluation, length=reported.length)
     characters, other_characters = _characters_wanted(evaluation, chosen, reported)
-    joined = reader.read(calibration, characters)
+    joined, conversations = reader.read_and_tell(calibration, characters)
     tokens = tokenize(joined, reader.tokenizer)
     if not reported.windows:
-        return Drawn(_draw_at_random(tokens, calibration, reader, seed), None, calibration, tokens)
+        windows = _draw_at_random(tokens, calibration, reader, seed)
+        return Drawn(windows, None, calibration, tokens, conversations)
     if not evaluation.named:
         tokens, last = _keep_end_back(tokens, calibration, evaluation, reader)
-        return Drawn(_draw_at_random(tokens, calibration, reader, seed), last, calibration, tokens)
+        windows = _draw_at_random(tokens, calibration, reader, seed)
+        return Drawn(windows, last, calibration, tokens, conversations)
     other = reader.read(evaluation, other_characters)
     if other == joined:
         raise TextError(
@@ -162,7 +171,7 @@ def draw(calibration: Text, evaluation: Text, reader: Reader, seed: int) -> Draw
         )
     windows = _draw_at_random(tokens, calibration, reader, seed)
     reported_on = _first_windows(tokenize(other, reader.tokenizer), evaluation, reader)
-    return Drawn(windows, reported_on, calibration, tokens)
+    return Drawn(windows, reported_on, calibration, tokens, conversations)
 
 
 def evaluation_windows(evaluation: Text, reader: Reader) -> Windows:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from optimum_prune.errors import OptimumPruneError, TextError, found_no_memory, reason, shown, unknown
-from optimum_prune.machine import given_files
 from optimum_prune.text.conversations import Conversation, conversation_in
 from optimum_prune.text.text import Text
 
@@ -39,8 +38,7 @@ def source_of(text: Text, sources: Mapping[str, Source]) -> Source:
     if text.file is None:
         named = sources.get(text.dataset_parts[0])
         return named if named is not None and not named.suffixes else sources["hub"]
-    suffixes = {suffix: source for source in sources.values() for suffix in source.suffixes}
-    suffix = text.file.suffix.lower()
+    suffixes, suffix = _by_suffix(sources), text.file.suffix.lower()
     if suffix not in suffixes:
         raise TextError(unknown("kind of text file", suffix, suffixes) + f" Convert {text.file} to one of these.")
     return suffixes[suffix]
@@ -52,10 +50,10 @@ def parts_of(text: Text, sources: Mapping[str, Source]) -> Iterator[tuple[Source
     Raises:
         TextError: no source reads such a file, or any in the folder.
     """
-    if text.file is None or not given_files.is_folder(text.file):
+    if not text.is_folder:
         yield source_of(text, sources), text
         return
-    suffixes = {suffix: source for source in sources.values() for suffix in source.suffixes}
+    suffixes = _by_suffix(sources)
     files = [file for file in text.files if file.suffix.lower() in suffixes]
     if not files:
         raise TextError(
@@ -63,6 +61,11 @@ def parts_of(text: Text, sources: Mapping[str, Source]) -> Iterator[tuple[Source
         )
     for file in files:
         yield suffixes[file.suffix.lower()], replace(text, text=str(file))
+
+
+def _by_suffix(sources: Mapping[str, Source]) -> dict[str, Source]:
+    """The source of each kind of file."""
+    return {suffix: source for source in sources.values() for suffix in source.suffixes}
 
 
 def documents(source: Source, text: Text) -> Iterator[str | Conversation]:

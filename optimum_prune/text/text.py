@@ -59,17 +59,17 @@ class Text:
     @property
     def files(self) -> tuple[Path, ...]:
         """The files in the folder that is named, and in those below it, by their names; none of those that are hidden."""
-        if not self._is_folder or self.file is None:
+        if not self.is_folder or self.file is None:
             return ()
         return tuple(sorted(given_files.files_below(self.file)))
 
     @property
     def _holds_files(self) -> bool:
         """Whether a folder is named in which there are files."""
-        return self._is_folder and self.file is not None and next(given_files.files_below(self.file), None) is not None
+        return self.is_folder and self.file is not None and next(given_files.files_below(self.file), None) is not None
 
     @property
-    def _is_folder(self) -> bool:
+    def is_folder(self) -> bool:
         """Whether a folder is named, and not by chance: an empty name, and the root of a disk, are no folder of texts."""
         return bool(self.text) and self.file is not None and given_files.is_folder(self.file)
 

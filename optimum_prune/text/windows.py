@@ -150,14 +150,18 @@ class Texts:
     training: tuple[Domain, ...] = ()
     """What passes that train are trained on."""
 
+    @property
+    def taught(self) -> tuple[Windows, ...]:
+        """The windows of all domains, those that are held out included."""
+        return tuple(windows for domain in self.training for windows in (domain.windows, domain.held_out))
+
     def check(self, longest: int) -> None:
         """Refuses what are no windows that a model can be run on, as `Windows.check` does.
 
         Raises:
             TextError: they are none.
         """
-        taught = [windows for domain in self.training for windows in (domain.windows, domain.held_out)]
-        for windows in (self.calibration, self.evaluation, *taught):
+        for windows in (self.calibration, self.evaluation, *self.taught):
             if isinstance(windows, Windows):
                 windows.check(longest)
             elif windows is not None or self.calibration is None:

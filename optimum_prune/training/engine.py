@@ -36,7 +36,6 @@ def train(student: Student, lesson: Lesson, objective: Objective, schedule: Sche
     Returns:
         Evidence for the report.
     """
-    lesson.folder.mkdir(parents=True, exist_ok=True)
     try:
         with torch.random.fork_rng(), _as_before(student.model, schedule):
             watch = Watch(student, lesson, schedule)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_prune.training.lesson import Objective, Run, TrainingBatch
+from optimum_prune.training.losses import relative_error
 
 if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder
@@ -35,13 +36,8 @@ class Nearness:
         with _heard(self.decoder.modules) as found, _heard([self.teacher.modules[goal] for goal in goals]) as wanted:
             loss = self.other.loss(run, batch)
         for mine, its in zip(found, wanted, strict=True):
-            loss = loss + self.weight / len(goals) * _error(batch.predicting(mine), batch.predicting(its))
+            loss = loss + self.weight / len(goals) * relative_error(batch.predicting(mine), batch.predicting(its))
         return loss
-
-
-def _error(found: Tensor, wanted: Tensor) -> Tensor:
-    wanted = wanted.float()
-    return ((found.float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)).mean()
 
 
 @contextmanager

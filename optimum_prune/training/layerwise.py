@@ -17,6 +17,7 @@ from torch import Tensor
 
 from optimum_prune.calibration.visit import LayerVisit
 from optimum_prune.machine import processes
+from optimum_prune.training.losses import relative_error
 from optimum_prune.training.schedule import rate_share
 
 if TYPE_CHECKING:
@@ -153,9 +154,8 @@ class _Lesson:
     def _loss(self, weights: Weights, position: int) -> Tensor:
         """The mean relative squared error over the tokens of a batch, without padding."""
         batch, _ = self._visit.stream[position]
-        goal = batch.unpadded(self._goals[position]).float()
-        found = batch.unpadded(self._visit.behind_with(weights, self._block, position)).float()
-        return ((found - goal).square().sum(-1) / goal.square().sum(-1).clamp_min(1e-12)).mean()
+        found = self._visit.behind_with(weights, self._block, position)
+        return relative_error(batch.unpadded(found), batch.unpadded(self._goals[position]))
 
 
 def _average(values: Iterable[Tensor]) -> None:

@@ -91,7 +91,10 @@ class Lesson:
 
     def counted(self, places: Sequence[tuple[int, int]]) -> int:
         """How many predictions count in some windows."""
-        return sum(int(self.domains[domain].windows.predicted[number, 1:].sum()) for domain, number in places)
+        numbers: dict[int, list[int]] = {}
+        for domain, number in places:
+            numbers.setdefault(domain, []).append(number)
+        return sum(int(self.domains[each].windows.predicted[some, 1:].sum()) for each, some in numbers.items())
 
     @property
     def windows(self) -> int:

@@ -92,6 +92,12 @@ def _rest(log_probabilities: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
     return torch.log1p(-log_probabilities.exp().sum(-1).clamp(max=1 - 1e-6))
 
 
+def relative_error(found: Float[Tensor, "*n h"], wanted: Float[Tensor, "*n h"]) -> Tensor:
+    """The squared error of hidden states relative to those that are wanted, the mean over tokens: those of enormous activations count as any."""
+    wanted = wanted.float()
+    return ((found.float() - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-12)).mean()
+
+
 def keep_likeliest(logits: Float[Tensor, "n v"], count: int, temperature: float = 1.0) -> Kept:
     """The likeliest tokens of predictions."""
     values, tokens = logits.topk(min(count, logits.shape[-1] - 1), dim=-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,11 +91,9 @@ class Student:
             return math.inf, 0
 
     def _write(self, name: str, about: Mapping[str, str]) -> None:
-        if processes.first():
-            weights = {each: value.to(self._own[each].dtype) for each, value in self.named()}
-            with whole(self.folder / name) as partial:
-                tensor_files.write(weights, partial, about)
-        processes.wait()
+        write_once(
+            self.folder / name, ((each, value.to(self._own[each].dtype)) for each, value in self.named()), about
+        )
 
     # What becomes of it
 
@@ -119,3 +117,11 @@ def masked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of each matrix of which many values are zero, where they are not."""
     pairs = ((name, value != 0) for name, value in weights.items() if value.ndim > 1)
     return {name: there for name, there in pairs if 1 - there.float().mean().item() > MANY_ZEROS}
+
+
+def write_once(file: Path, weights: Iterable[tuple[str, Tensor]], about: Mapping[str, str]) -> None:
+    """Writes weights, which all processes hold, in the first of them; behind it, the file is there for all."""
+    if processes.first():
+        with whole(file) as partial:
+            tensor_files.write(dict(weights), partial, about)
+    processes.wait()

@@ -6,7 +6,7 @@ weights, trained by `distill`, recover more of what was lost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -15,11 +15,9 @@ from safetensors.torch import load_file
 
 from optimum_prune import Stage, hookimpl, option
 from optimum_prune.errors import RecipeError
-from optimum_prune.machine import processes, tensor_files
-from optimum_prune.machine.whole_files import whole
 from optimum_prune.passes.imitating import ImitatingPass
 from optimum_prune.training.objectives import Likelihood
-from optimum_prune.training.student import Student, masked
+from optimum_prune.training.student import Student, masked, write_once
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,10 +89,9 @@ class _Adapted(Student):
         from peft.tuners.lora import LoraModel
 
         model, self._layers = decoder.model, decoder.modules
-        self._adapted = dict(_adapted(decoder, step))
+        self._adapted = _adapted(decoder, step)
         zeros = masked({name: value.data for name, value in self._adapted.items()}) if step.keep_zeros else {}
         _check_zeros(step, zeros)
-        self._frozen = {name: value.requires_grad for name, value in model.named_parameters()}
         model.requires_grad_(False)
         with torch.random.fork_rng():
             torch.manual_seed(lesson.seed)
@@ -113,19 +110,11 @@ class _Adapted(Student):
             return
         super().give_back(best=best)
         if best:
-            self._keep_base()
+            write_once(self.folder / BASE, ((name, value.data) for name, value in self._adapted.items()), {})
             self._tuner.merge_and_unload(progressbar=False)
             self._merged = True
         else:
             self._tuner.unload()
-        for name, value in self.model.named_parameters():
-            value.requires_grad_(self._frozen[name])
-
-    def _keep_base(self) -> None:
-        if processes.first():
-            with whole(self.folder / BASE) as partial:
-                tensor_files.write({name: value.data for name, value in self._adapted.items()}, partial)
-        processes.wait()
 
     @torch.no_grad()
     def _put_base(self) -> None:
@@ -133,26 +122,25 @@ class _Adapted(Student):
             self._layers.get_parameter(name).data.copy_(value)
 
 
-def _adapted(decoder: Decoder, step: Lora) -> Iterator[tuple[str, nn.Parameter]]:
+def _adapted(decoder: Decoder, step: Lora) -> dict[str, nn.Parameter]:
     """The weights that get adapters, by their paths from the list of layers: of linear layers, and of experts, whose tensors have three
     dimensions.
     """
-    names = {value: name for name, value in decoder.modules.named_parameters()}
-    found = False
-    for layer in decoder.layers:
-        for path, module in layer.module.named_modules():
-            if _is_linear(module) and (not step.target_modules or path.endswith(step.target_modules)):
-                found = True
-                yield names[module.weight], module.weight
-        for value in layer.module.parameters():
-            if value.ndim == 3 and step.experts and not step.target_modules:
-                found = True
-                _check_experts(step)
-                yield names[value], value
+    found = {
+        f"{path}.weight": module.weight
+        for path, module in decoder.modules.named_modules()
+        if _is_linear(module) and (not step.target_modules or path.endswith(step.target_modules))
+    }
+    if step.experts and not step.target_modules:
+        stored = {name: value for name, value in decoder.modules.named_parameters() if value.ndim == 3}
+        if stored:
+            _check_experts(step)
+        found |= stored
     if not found:
         raise RecipeError(
             f"lora found no linear layer to adapt by the names {', '.join(step.target_modules) or 'that there are'}. Look at how the model's are called."
         )
+    return found
 
 
 def _check_zeros(step: Lora, zeros: Mapping[str, Tensor]) -> None:

@@ -50,7 +50,9 @@ def write(folder, suffix, rows=ROWS):
 
 def domains_of(file, tokenizer, sources, chosen=None, length=16):
     reader = Reader(tokenizer, sources, LIMIT)
-    chosen = chosen or Chosen(Text(text=str(file), column="messages"), torch.zeros(0), length)
+    if chosen is None:
+        drawn = draw(Text(text=str(file), column="messages", length=length), Text(samples=0), reader, 0)
+        chosen = Chosen(drawn.text, drawn.tokens, length, drawn.conversations)
     training = Training(text=str(file), column="messages", length=length)
     return TrainingReader(reader, chosen, None).domains(training)[0]
 

@@ -67,7 +67,7 @@ def _read_jsonl(text: Text) -> Iterator[str | Conversation | None]:
                 yield checked(document, f"Line {number} of {path}", text)
 
 
-def _read_parquet(text: Text) -> Iterator[str | Conversation | None]:
+def _read_parquet(text: Text) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
@@ -80,11 +80,8 @@ def _read_parquet(text: Text) -> Iterator[str | Conversation | None]:
             raise TextError(
                 f"The column '{text.column}' of {path} holds {kind}, and no text. Name another as 'column' in the recipe."
             )
-        before = 0
         for batch in table.iter_batches(columns=[text.column]):
-            for number, document in enumerate(batch.column(0).to_pylist(), start=before + 1):
-                yield checked(document, f"Row {number} of {path}", text) if document else None
-            before += batch.num_rows
+            yield from (document or None for document in batch.column(0).to_pylist())
     except (pyarrow.ArrowException, OSError, ValueError, LookupError) as error:
         raise TextError(f"{path} is not a Parquet file that can be read ({reason(error)}). Name another.") from error
 
