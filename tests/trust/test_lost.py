@@ -14,27 +14,12 @@ import tiny
 import torch
 from folder_passes import Archive, Halve
 
-from optimum_prune import Depth, Osscar, Recipe, Settings, Source, Text, compress, hookimpl, load_model
+from optimum_prune import Depth, Osscar, Source, Text, compress, hookimpl, load_model
 from optimum_prune.errors import CheckpointError, OptimumPruneError, OutputError, PluginError, RecipeError, VetoError
 from optimum_prune.machine.progress import Progress
 from optimum_prune.run.hidden import MARK, MARKED
 
 DROP = Depth(drop=(1,))
-
-
-@pytest.fixture
-def recipe(llama, text_file):
-    """Passes -> the recipe that carries them out on a tiny Llama."""
-
-    def recipe(*passes, model=llama, **settings):
-        return Recipe(
-            passes=passes or (DROP,),
-            calibration=Text(text=str(text_file), samples=2, length=16),
-            evaluation=Text(samples=0),
-            settings=Settings(model=str(model), device="cpu", **settings),
-        )
-
-    return recipe
 
 
 def names(folder):

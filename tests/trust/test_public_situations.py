@@ -42,7 +42,7 @@ from folder_passes import Halve
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from optimum_prune import Depth, Osscar, Pruner, Recipe, Settings, Text, Windows, compress
+from optimum_prune import Depth, Osscar, Pruner, Text, Windows, compress
 from optimum_prune.errors import OptimumPruneError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -56,26 +56,11 @@ def model(llama, tmp_path):
 
 
 @pytest.fixture
-def recipe(text_file):
-    """A model's folder and passes -> the recipe that carries them out, measuring nothing."""
-
-    def recipe(model, *passes, **settings):
-        return Recipe(
-            passes=passes or (DROP,),
-            calibration=Text(text=str(text_file), samples=2, length=16),
-            evaluation=Text(samples=0),
-            settings=Settings(model=str(model), device="cpu", **settings),
-        )
-
-    return recipe
-
-
-@pytest.fixture
 def done(recipe, tmp_path):
     """A model's folder and passes -> the output."""
 
     def done(model, *passes, **settings):
-        compress(recipe(model, *passes, **settings), tmp_path / "out", overwrite=True)
+        compress(recipe(*passes, model=model, **settings), tmp_path / "out", overwrite=True)
         return tmp_path / "out"
 
     return done
@@ -214,7 +199,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_named(model, recipe, tmp
     small = LlamaForCausalLM(LlamaConfig(**{**tiny.SIZES, "vocab_size": 40}))
     small.save_pretrained(model)
     with pytest.raises(OptimumPruneError, match=r"the model knows 40\. Use the tokenizer that belongs") as caught:
-        compress(recipe(model), tmp_path / "out")
+        compress(recipe(model=model), tmp_path / "out")
     one_line(caught)
 
 
@@ -233,7 +218,7 @@ def test_a_model_with_one_key_value_head_keeps_it(recipe, done, tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path / "one")
     assert config_of(done(tmp_path / "one", Osscar(ratio=0.25)))["num_key_value_heads"] == 1
     with pytest.raises(OptimumPruneError, match="head") as caught:
-        compress(recipe(tmp_path / "one", Osscar(ratio=0.25, head_ratio=0.5)), tmp_path / "again")
+        compress(recipe(Osscar(ratio=0.25, head_ratio=0.5), model=tmp_path / "one"), tmp_path / "again")
     one_line(caught)
 
 
@@ -268,7 +253,7 @@ def test_weights_that_are_not_packed_though_the_config_says_so_are_not_cut(model
     """unslothai/unsloth 1601: `quantization_config` is left in the config of merged weights, which then cannot be loaded."""
     edit(model / CONFIG, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(OptimumPruneError, match=r"already quantized \(bitsandbytes\)") as caught:
-        compress(recipe(model), tmp_path / "out")
+        compress(recipe(model=model), tmp_path / "out")
     assert "if they are not packed, take 'quantization_config' out of its config.json" in one_line(caught)
 
 
@@ -284,7 +269,7 @@ def test_no_files_of_an_earlier_output_stay_beside_the_new_ones(model, done, tmp
 
 def test_windows_are_as_many_and_as_long_as_asked_for_and_no_longer(recipe, model, tmp_path):
     """vllm-project/llm-compressor 2648: the number and the length of samples are passed over for data that is given."""
-    given = compress(recipe(model), tmp_path / "out").calibration
+    given = compress(recipe(model=model), tmp_path / "out").calibration
     assert (given["windows"], given["length"]) == (2, 16)
 
 
@@ -294,13 +279,13 @@ def test_a_text_of_one_endless_line_is_cut_into_windows(text, recipe, model, tmp
     words = tiny.text(4000).replace("\n", " ")
     (tmp_path / "text.txt").write_text(words if text == "one line" else words.replace(" ", ""))
     endless = Text(text=str(tmp_path / "text.txt"), samples=3, length=32)
-    compress(dataclasses.replace(recipe(model), calibration=endless), tmp_path / "out")
+    compress(dataclasses.replace(recipe(model=model), calibration=endless), tmp_path / "out")
     assert (tmp_path / "out" / WEIGHTS).is_file()
 
 
 def test_a_data_set_that_cannot_be_reached_is_named(recipe, model, tmp_path):
     """locuslab/wanda 23: couldn't reach 'allenai/c4' on the Hub."""
-    given = dataclasses.replace(recipe(model), calibration=Text(dataset="allenai/c4", samples=2, length=16))
+    given = dataclasses.replace(recipe(model=model), calibration=Text(dataset="allenai/c4", samples=2, length=16))
     with pytest.raises(OptimumPruneError, match="allenai/c4") as caught:
         compress(given, tmp_path / "out")
     one_line(caught)
@@ -324,6 +309,6 @@ def test_no_vocabulary_is_made_of_a_file_of_the_current_folder(kind, recipe, mod
     (model / "tokenizer.json").unlink()
     edit(model / "tokenizer_config.json", tokenizer_class=kind, vocab_file=".env", tokenizer_file=".env")
     with pytest.raises(OptimumPruneError, match="tokenizer") as caught:
-        compress(recipe(model), tmp_path / "work" / "out")
+        compress(recipe(model=model), tmp_path / "work" / "out")
     one_line(caught)
     assert not (tmp_path / "work" / "out").exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from dataclasses import replace
 
@@ -12,8 +11,9 @@ import torch
 from optimum_prune_peft import Lora
 from safetensors.torch import load_file
 from torch import nn
+from trained import digests, recipe_on, trained
 
-from optimum_prune import Depth, Osscar, Recipe, Settings, Text, Training, Windows, compress
+from optimum_prune import Depth, Osscar, Windows, compress
 from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
 from optimum_prune.errors import RecipeError
@@ -52,23 +52,9 @@ def recipe(checkpoint, texts):
     """A recipe on a tiny model."""
 
     def recipe(*passes, name="llama", **settings):
-        return Recipe(
-            passes=passes,
-            calibration=Text(text=str(texts / "chosen.txt"), samples=16, length=16),
-            evaluation=Text(samples=4),
-            training=Training(text=str(texts / "taught.txt"), length=32),
-            settings=Settings(model=str(checkpoint(name)), device="cpu", **settings),
-        )
+        return recipe_on(checkpoint(name), texts / "chosen.txt", texts / "taught.txt", *passes, **settings)
 
     return recipe
-
-
-def digests(folder):
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")}
-
-
-def trained(report, position=-1):
-    return report.passes[position].plain_evidence()[0]["trained"]
 
 
 def changed(folder, other):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import tiny
 import torch
 import yaml
 from folder_passes import Archive
+from trained import digests, recipe_on, trained
 
 from optimum_prune import Depth, Osscar, Pruner, Recipe, Settings, Text, compress, load_model
 from optimum_prune.anatomy.decoder import Decoder
@@ -37,24 +37,10 @@ SHORT = {"steps": 12, "batch": 256, "learning_rate": 1e-3, "patience": 100}
 def recipe(checkpoints, text_file, other_text_file):
     """A recipe on a tiny model."""
 
-    def made(*passes, name="llama", training=None, **settings):
-        return Recipe(
-            passes=passes,
-            calibration=Text(text=str(text_file), samples=16, length=16),
-            evaluation=Text(samples=4),
-            training=training or Training(text=str(other_text_file), length=32),
-            settings=Settings(model=str(checkpoints(name)), device="cpu", **settings),
-        )
+    def made(*passes, name="llama", **more):
+        return recipe_on(checkpoints(name), text_file, other_text_file, *passes, **more)
 
     return made
-
-
-def digests(folder):
-    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")}
-
-
-def trained(report, position=-1):
-    return report.passes[position].plain_evidence()[0]["trained"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,32 @@
+"""Recipes whose passes train a tiny model, and what they left."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from optimum_prune import Pass, Recipe, Report, Settings, Text, Training
+
+
+def recipe_on(
+    model: Path, chosen: Path, taught: Path, *passes: Pass, training: Training | None = None, **settings: Any
+) -> Recipe:
+    """A recipe on a model: one text to choose by, another to train on."""
+    return Recipe(
+        passes=passes,
+        calibration=Text(text=str(chosen), samples=16, length=16),
+        evaluation=Text(samples=4),
+        training=training or Training(text=str(taught), length=32),
+        settings=Settings(model=str(model), device="cpu", **settings),
+    )
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Of the files of weights."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.glob("*.safetensors")}
+
+
+def trained(report: Report, position: int = -1) -> dict[str, Any]:
+    """What a pass tells of its training."""
+    return report.passes[position].plain_evidence()[0]["trained"]
