@@ -34,27 +34,28 @@ class Progress:
         """The items, with a bar that counts them."""
         return iter(self._bar(items, description, total))
 
-    def bar(self, description: str, total: int | None, done: int = 0) -> tqdm[NoReturn]:
+    def bar(self, description: str, total: int | None, done: int = 0, unit: str = "it") -> tqdm[NoReturn]:
         """A bar that is moved by hand.
 
         Args:
             total: what it counts to, if that is known.
             done: where it begins.
+            unit: what it counts; other than passes through a loop, it is counted in thousands and millions.
         """
-        moved: tqdm[NoReturn] = self._bar(None, description, total, done)
+        moved: tqdm[NoReturn] = self._bar(None, description, total, initial=done, unit=unit, unit_scale=unit != "it")
         return moved
 
-    def _bar(self, items: Any, description: str, total: int | None, done: int = 0) -> Any:
+    def _bar(self, items: Any, description: str, total: int | None, **more: Any) -> Any:
         size = get_terminal_size()  # a terminal that does not know its size counts as one of 80 by 24
         return tqdm(
             items,
             description,
             total,
-            initial=done,
             leave=False,
             disable=not self.visible,
             ncols=size.columns,
             nrows=size.lines,
+            **more,
         )
 
     def say(self, sentence: str) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
 
-HELD_OUT, PART = 4096, 16
+HELD_OUT, PART = 4096, 32
 """Tokens that are held out, over all domains, at most one for so many that are trained on; and at least one window of each."""
 READ = 4
 """So many times the tokens that are trained on are read, to choose windows from."""

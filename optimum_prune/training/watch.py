@@ -47,12 +47,18 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         self._why = ""
         """Why it ended early."""
         self._saved = time.monotonic()
+        self._measuring = 0.0
+        """Seconds of this training that were spent on held-out windows."""
+        self._per_step = schedule.windows * lesson.domains[0].windows.length
+        """Tokens, over all processes."""
 
     # Called by the Trainer
 
     def on_train_begin(self, _: TrainingArguments, state: TrainerState, *__: Any, **___: Any) -> None:
         """Measures the model as it is, unless that was done in an earlier run."""
-        self._bar = self._lesson.progress.bar("Training", self._schedule.steps, state.global_step)
+        steps = self._schedule.steps
+        total, done = (None if steps is None else steps * self._per_step), state.global_step * self._per_step
+        self._bar = self._lesson.progress.bar("Training", total, done, unit="tok")
         if not self._looks:
             self._look(0)
 
@@ -63,6 +69,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         if "loss" not in logs:
             return
         self._losses.append((state.global_step, logs["loss"], logs["learning_rate"]))
+        self._bar.set_postfix_str(f"loss {logs['loss']:.3f}, ppl {self._looks[-1][1]:,.2f}", refresh=False)
         if not math.isfinite(logs["loss"]):
             self._why = f"the loss of step {state.global_step} is not finite"
             control.should_training_stop = True
@@ -76,7 +83,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
             self._look(step)
         if self._lesson.update_every and step % self._lesson.update_every == 0:
             self._move_weights(step)
-        self._bar.update(1)
+        self._advance(step, part)
         over = part >= 1 or bool(self._why)
         control.should_training_stop = processes.broadcast_from_first(lambda: over)
         due = time.monotonic() - self._saved > 60 * self._schedule.checkpoint_minutes
@@ -91,6 +98,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         self._saved = time.monotonic()
 
     # What it knows
+
+    def _advance(self, step: int, part: float) -> None:
+        """Moves the bar; a training by minutes will come to so many tokens as it seems now."""
+        if self._schedule.steps is None:
+            self._bar.total = round(step * self._per_step / max(part, 1e-3))
+        self._bar.update(self._per_step)
 
     def _look(self, step: int) -> None:
         """Measures the held-out perplexity; the weights are kept if it is the best."""
@@ -112,7 +125,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
 
     def _measured(self, windows: Windows | None = None) -> float:
         """The perplexity on the held-out windows, or on some of them."""
-        model = self.student.model
+        model, began = self.student.model, time.monotonic()
         training = model.training
         model.eval()
         try:
@@ -122,10 +135,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
             return math.inf
         finally:
             model.train(training)
+            self._measuring += time.monotonic() - began
 
     def _state(self) -> dict[str, Any]:
         return {
             "seconds": self.course.seconds,
+            "measuring": self._measuring,
             "mixture": self.mixture.state(),
             "looks": self._looks,
             "losses": self._losses,
@@ -135,6 +150,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state that was kept."""
         self.course.goes_on_after(state["seconds"])
+        self._measuring = state["measuring"]
         self.mixture.load(state["mixture"])
         self._looks = [(step, value) for step, value in state["looks"]]
         self._losses = [(step, loss, rate) for step, loss, rate in state["losses"]]
@@ -145,19 +161,21 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         self._bar.close()
         before = self._looks[0][1]
         best, step = self.student.best()
+        steps = self._losses[-1][0] if self._losses else 0
+        tokens, seconds = steps * self._per_step, self.course.seconds
+        speed = tokens / max(seconds - self._measuring, 1e-9)
         better = best < before
         self.student.give_back(best=better)
         after = self._measured() if better else before
         if better and after >= before:  # to be rounded to the model's dtype cost more than was won
             self.student.give_back(best=False)
             better, after = False, before
-        steps = self._losses[-1][0] if self._losses else 0
-        tokens = steps * self._schedule.windows * self._lesson.domains[0].windows.length
         every = max(1, len(self._losses) // POINTS)
         found: dict[str, Any] = {
             "steps": steps,
             "tokens": tokens,
-            "seconds": round(self.course.seconds, 1),
+            "seconds": round(seconds, 1),
+            "tokens_per_second": round(speed, 1),
             "held_out": {"before": before, "after": after, "text": self._lesson.held_out.source},
             "kept": f"the weights after step {step}" if better else "the weights as they were",
             "looks": [list(look) for look in self._looks],

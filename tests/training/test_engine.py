@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from itertools import count
 
@@ -10,6 +11,7 @@ import pytest
 import tiny
 import torch
 
+from optimum_prune.machine.progress import Progress
 from optimum_prune.text.windows import Domain, Windows
 from optimum_prune.training import engine
 from optimum_prune.training.engine import latest
@@ -111,9 +113,8 @@ def test_after_a_kill_it_goes_on_as_if_there_had_been_none(after, model, lesson,
         assert same(start, weights(model))
         assert (latest(lesson.folder) is not None) == (steps > 2)
     found = train(model, lesson, Likelihood(), often)
-    assert {key: value for key, value in found.items() if key != "seconds"} == {
-        key: value for key, value in whole.items() if key != "seconds"
-    }
+    timed = {"seconds", "tokens_per_second"}
+    assert {key: found[key] for key in found.keys() - timed} == {key: whole[key] for key in whole.keys() - timed}
 
 
 def test_a_state_that_is_not_whole_is_not_gone_on_from(model, lesson):
@@ -128,6 +129,16 @@ def test_a_budget_of_minutes_ends_it(model, lesson):
     found = train(model, lesson, Likelihood(), replace(SCHEDULE, steps=None, minutes=0.02))
     assert found["seconds"] >= 1
     assert found["steps"] >= 1
+
+
+@pytest.mark.parametrize("budget", [{}, {"steps": None, "minutes": 0.02}])
+def test_the_bar_counts_tokens_and_shows_the_loss_and_the_time_left(budget, model, lesson, capsys):
+    shown = replace(lesson, progress=Progress(visible=True))
+    found = train(model, shown, Likelihood(), replace(SCHEDULE, **budget))
+    lines = capsys.readouterr().err.split("\r")
+    (last,) = [line for line in lines if "loss" in line][-1:]
+    assert re.search(r"Training: +\d+%.*/\S+ \[\d\d:\d\d<\d\d:\d\d, \S+tok/s, loss \d+\.\d+, ppl \d+.*\]", last), last
+    assert found["tokens_per_second"] > found["tokens"] / found["seconds"]
     assert found["held_out"]["after"] <= found["held_out"]["before"]
 
 
