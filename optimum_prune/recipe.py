@@ -256,7 +256,7 @@ def _check_order(passes: Sequence[Pass]) -> None:
         raise RecipeError(f"The recipe exports twice with the same pass: {', '.join(exports)}. Run a recipe for each.")
     quantized: Pass | None = None
     for step in passes:
-        if quantized is not None and not step.takes_quantized:
+        if quantized is not None and not (step.takes_quantized and quantized.unpacks):
             raise RecipeError(
                 f"'{step.name}' comes after '{quantized.name}', and cannot read what that leaves: packed weights. Leave one of them out; "
                 f"exporters have options of their own to quantize."

@@ -22,6 +22,7 @@ class Halve(FolderPass):
     takes_heterogeneous: ClassVar[bool] = True
     usual_tolerance: ClassVar[float] = 0.2
     group_size: int = option("Weights of a group.", 1, at_least=1)
+    unpacks = True
 
     def check(self, spec: CheckpointSpec) -> None:
         spec.check_groups(self.group_size, self.name)

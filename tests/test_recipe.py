@@ -18,6 +18,7 @@ class Quantize(FolderPass):
     stage: ClassVar[Stage] = Stage.QUANTIZE
     takes_quantized: ClassVar[bool] = True
     bits: int = option("Bits.", 8)
+    unpacks = True
 
     def check(self, prospect): ...
 

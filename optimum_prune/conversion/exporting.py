@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optimum_prune.checkpoint.caches import NAMES, name_among
 from optimum_prune.checkpoint.loading import load_model
@@ -64,9 +64,22 @@ class Trace:
 
 
 def open_to_export(job: Job, dtype: str = "float32") -> PreTrainedModel:
-    """The checkpoint that a job reads, on the CPU, where exporters trace."""
+    """The checkpoint that a job reads, on the CPU, where exporters trace; weights that are packed are unpacked."""
     with job.progress.libraries():
-        return load_model(job.source, dtype=dtype, device_map="cpu", trust_remote_code=job.trust_remote_code)
+        model = load_model(job.source, dtype=dtype, device_map="cpu", trust_remote_code=job.trust_remote_code)
+    _unpack(model)
+    return model
+
+
+def _unpack(model: PreTrainedModel) -> None:
+    """Puts plain tensors in the place of packed weights, with the values that are computed with."""
+    if getattr(model.config, "quantization_config", None) is None:
+        return
+    del model.config.quantization_config
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            if type(weight) is not nn.Parameter:
+                setattr(module, name, nn.Parameter(weight.dequantize().to(model.dtype), requires_grad=False))
 
 
 def trace(model: PreTrainedModel, *, masked: bool = True, limits: Limits | None = None) -> Trace:

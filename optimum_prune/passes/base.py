@@ -57,7 +57,7 @@ class Pass(ABC):
     requires: ClassVar[Mapping[str, str]] = {}
     """Importable modules that the core does not bring along, each with what pip calls it, such as `{"onnx": "onnx>=1.20"}`."""
     takes_quantized: ClassVar[bool] = False
-    """Whether it can read what a QUANTIZE pass wrote."""
+    """Whether it can read what a QUANTIZE pass wrote whose weights unpack."""
     needs_teacher: ClassVar[bool] = False
     """Whether it looks at the dense model."""
     trains: ClassVar[bool] = False
@@ -65,6 +65,11 @@ class Pass(ABC):
 
     def __post_init__(self) -> None:
         check_options(self, self.name)
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether what a QUANTIZE pass leaves computes the same once torch has unpacked its weights (`Tensor.dequantize`)."""
+        return False
 
     def tokens_wanted(self) -> int | None:
         """How many tokens a pass that trains is trained on; None where nobody knows beforehand."""

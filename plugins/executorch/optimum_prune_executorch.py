@@ -41,6 +41,7 @@ class ExecuTorch(FolderPass):
     stage = Stage.EXPORT
     requires: ClassVar[Mapping[str, str]] = {"executorch": "executorch>=1.4"}
     takes_heterogeneous: ClassVar[bool] = True
+    takes_quantized: ClassVar[bool] = True
     usual_tolerance: ClassVar[float] = 0.01
     max_length: int | None = option(
         "How many tokens the cache can hold; if not given 2048, or what the model knows if less.", None, at_least=16

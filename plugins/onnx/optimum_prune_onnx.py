@@ -47,6 +47,7 @@ class Onnx(FolderPass):
         "onnxruntime": "onnxruntime>=1.23",
     }
     takes_heterogeneous: ClassVar[bool] = True
+    takes_quantized: ClassVar[bool] = True
     dtype: Literal["float32", "float16"] = option(
         "What weights are stored and computed in; float16 is slow on CPUs.", "float32"
     )

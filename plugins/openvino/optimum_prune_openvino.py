@@ -45,6 +45,7 @@ class OpenVino(FolderPass):
     stage = Stage.EXPORT
     requires: ClassVar[Mapping[str, str]] = {"openvino": "openvino>=2026.1", "nncf": "nncf>=3.0"}
     takes_heterogeneous: ClassVar[bool] = True
+    takes_quantized: ClassVar[bool] = True
     dtype: Literal["float32", "float16"] = option("What weights that are not quantized are stored in.", "float32")
     quantize: Literal["none", "int8", "int4"] = option(
         "int8: weights in 8 bits. int4: most in 4 bits, chosen by the recipe's text.", "none"

@@ -63,6 +63,11 @@ class TorchAo(FolderPass):
                 f"give quant_type {DYNAMIC}."
             )
 
+    @property
+    def unpacks(self) -> bool:
+        """Activations that are rounded too are no matter of weights."""
+        return self.quant_type == WEIGHT_ONLY
+
     def check(self, spec: CheckpointSpec) -> None:
         """Groups must divide the widths."""
         spec.check_groups(self.group_size or 0, self.name)

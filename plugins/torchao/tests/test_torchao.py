@@ -2,11 +2,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from optimum_prune_executorch import ExecuTorch
+from optimum_prune_onnx import Onnx
+from optimum_prune_openvino import OpenVino
 from optimum_prune_torchao import DYNAMIC, WEIGHT_ONLY, TorchAo
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from optimum_prune import load_model
+from optimum_prune import Recipe, Settings, load_model
 from optimum_prune.errors import RecipeError, VerificationError
 
 pytestmark = [
@@ -92,3 +95,23 @@ def test_settings_of_inductor_are_left_alone(small, convert):
     before = config.get_config_copy()
     convert(TorchAo(), small)
     assert config.get_config_copy() == before
+
+
+@pytest.mark.parametrize(
+    ("step", "exporter"),
+    [(TorchAo(), Onnx()), (TorchAo(group_size=64), OpenVino()), (TorchAo(), ExecuTorch(max_length=48))],
+    ids=["onnx", "openvino", "executorch"],
+)
+def test_exporters_compute_with_its_weights(exporter, step, small, convert):
+    folder, _ = convert(step, small)
+    exported, done = convert(exporter, folder)
+    assert done.comparison.difference < 1e-3
+    assert done.comparison.same_tokens == done.comparison.generated
+    assert "quantization_config" not in (exported / "config.json").read_text()
+
+
+def test_rounded_activations_are_not_exported(small):
+    settings = Settings(model=str(small))
+    Recipe(passes=(TorchAo(), Onnx(quantize="int8")), settings=settings)
+    with pytest.raises(RecipeError, match=r"'onnx' comes after 'torchao', and cannot read what that leaves"):
+        Recipe(passes=(TorchAo(quant_type=DYNAMIC), Onnx()), settings=settings)
