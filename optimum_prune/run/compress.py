@@ -20,6 +20,7 @@ from optimum_prune.machine.memory import Meter, give_back
 from optimum_prune.machine.progress import Progress
 from optimum_prune.plan.checks import check_disk, check_launch, check_texts
 from optimum_prune.plan.plan import Plan, make_plan
+from optimum_prune.plan.planner import room
 from optimum_prune.plan.source import ModelSource, open_source
 from optimum_prune.recipe import Recipe
 from optimum_prune.report.report import Report
@@ -174,7 +175,7 @@ def _carried_out(run: Run, resume: bool) -> Report:
     """The report of all passes, those included that an earlier run finished."""
     give_back()  # tokenizing takes much more than tokens do
     check_texts(run.texts, run.plan.config)
-    check_disk(run.output.folder, run.plan.disk)
+    check_disk(run.output.folder, room(run.plan))
     report = processes.broadcast_from_first(lambda: run.found(resume))
     with run.unfinished.errors_say_what_is_kept():
         report = report or change_in_memory(run)

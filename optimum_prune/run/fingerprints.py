@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optimum_prune.errors import CheckpointError
-from optimum_prune.machine import tensor_files
+from optimum_prune.machine import processes, tensor_files
 from optimum_prune.machine.watched_files import WEIGHTS
 from optimum_prune.options import as_plain
 from optimum_prune.plan.plan import Plan
@@ -38,6 +38,7 @@ def identity(plan: Plan, texts: Texts) -> dict[str, str | None]:
         "the evaluation": windows_fingerprint(texts.evaluation),
         **({"the training": training_fingerprint(plan, texts)} if texts.training else {}),
         "dtype, device or seed": f"{settings.dtype} {plan.device} {settings.seed}",
+        "the number of processes": str(processes.size()),
         "the version of optimum-prune": version("optimum-prune"),
     }
 

@@ -79,3 +79,23 @@ def _is_ours(folder: Path) -> bool:
         return not mark.is_symlink() and mark.is_file() and MARKED.startswith(mark.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+
+
+def discard(folder: Path, output: Path) -> None:
+    """Removes a folder beside an output or in one: whole, or, if that takes longer than this process lives, it gets a name that tells that it
+    is to be removed.
+    """
+    if not folder.is_dir():
+        return
+    try:
+        aside = make_hidden(output, "partial")
+    except OutputError:
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    try:
+        with suppress(OSError):
+            folder.rename(aside / folder.name)
+        remove_hidden(aside)
+    finally:  # an interrupt comes once
+        remove_hidden(aside)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -5,6 +5,9 @@ instead of computing it once more. So the journal knows nothing of what a pass d
 
 Each piece is a safetensors file: its tensors, and in its metadata what it is and the rest of it as JSON. Its name has its number and
 its digest, and it gets that name when it is whole. The first that is missing or damaged ends the journal.
+
+Of several processes, each has a journal of its own, with the pieces of its windows. What all of them decided together is kept by the
+first; the others keep the name of its file. They go on behind the last piece that all of them have.
 """
 
 from __future__ import annotations
@@ -25,24 +28,33 @@ from torch import Tensor
 
 from optimum_prune.calibration.calibration import Calibration
 from optimum_prune.errors import PassError, reason
-from optimum_prune.machine import tensor_files
+from optimum_prune.machine import processes, tensor_files
 from optimum_prune.surgery.cuts import Cuts, Decision
 
 T = TypeVar("T")
 NAME = re.compile(r"(\d+)-([0-9a-f]+)\.safetensors")
 DIGITS = 16
 """Of a digest, in a file's name."""
+ELSEWHERE = "elsewhere"
+"""In a piece, the name of the file of the first process that has what it is."""
 TENSOR, DECISION = "__tensor__", "__decision__"
 """In the JSON, the keys of what JSON does not know."""
+BEFORE = "0 before"
+"""What pieces are of that no pass computed."""
 DONE = "done"
 """What the last piece of a pass is called."""
 
 
 class Journal:
-    """The pieces in a folder that exists, and those that are added to them."""
+    """The pieces in a folder that exists, and those that are added to them.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        first: the folder of the first process's journal; that folder, in the first process.
+    """
+
+    def __init__(self, folder: Path, first: Path) -> None:
         self._folder = folder
+        self._first = first
         self._files = list(_whole(folder))
         useless = [file for file in set(folder.iterdir()) - set(self._files) if NAME.fullmatch(file.name)]
         for file in useless:
@@ -50,14 +62,39 @@ class Journal:
         self.damaged = bool(useless)
         """Whether pieces were there of which nobody can go on."""
         self._pieces = {_metadata(file)["what"]: file for file in self._files}
-        self._pass = ""
+        self._pass = BEFORE
         self._passes = 0
+        self._at_work = False
         self._asked = Counter[str]()
         self._latest: tuple[object, str] | None = None
 
     def __len__(self) -> int:
         """How many pieces there are."""
         return len(self._files)
+
+    @property
+    def stopped_behind_others(self) -> bool:
+        """Whether a pass is at work, and others before it are done."""
+        return self._passes > 1 and self._at_work
+
+    def forget_behind(self, passes: int) -> None:
+        """Removes what passes behind so many computed."""
+        self._keep_the_first(sum(int(what.partition(" ")[0]) <= passes for what in self._pieces))
+
+    def align(self) -> None:
+        """Removes what follows on the last piece that all processes have."""
+        if processes.size() == 1:
+            return
+        everyone = processes.gathered([list(self._pieces)])
+        common = set(everyone[0]).intersection(*everyone)
+        last = max((place for place, what in enumerate(self._pieces, start=1) if what in common), default=0)
+        self._keep_the_first(last)
+
+    def _keep_the_first(self, count: int) -> None:
+        for file in self._files[count:]:
+            file.unlink()
+        self._files = self._files[:count]
+        self._pieces = dict(list(self._pieces.items())[:count])
 
     def once(self, what: str, compute: Callable[[], T]) -> T:
         """What `compute` returns, kept before it is returned; or what was kept, if it was computed before.
@@ -71,7 +108,15 @@ class Journal:
         """
         self._asked[what] += 1
         key = f"{self._pass}: {what} ({self._asked[what]})"
-        value = _read(self._pieces[key]) if key in self._pieces else self._keep(key, compute())
+        return self._once(key, compute)
+
+    def _once(self, key: str, compute: Callable[[], T], *, alike: bool = False) -> T:
+        """See `once`.
+
+        Args:
+            alike: whether all processes compute the same, as they do whenever they decide.
+        """
+        value = self._read(self._pieces[key]) if key in self._pieces else self._keep(key, compute(), alike=alike)
         self._latest = value, key
         return value
 
@@ -84,8 +129,9 @@ class Journal:
         self._begin(name)
         done = f"{self._pass}: {DONE}"
         if done in self._pieces:
-            for key in _read(self._pieces[done]):
-                yield _read(self._pieces[key])
+            for key in self._read(self._pieces[done]):
+                yield self._read(self._pieces[key])
+            self._at_work = False
             return
         keys = []
         for made in decide():
@@ -97,6 +143,7 @@ class Journal:
             keys.append(self._latest[1])
             yield decision
         self._keep(done, keys)
+        self._at_work = False
 
     def result(self, name: str, carry_out: Callable[[], T]) -> T:
         """What the next pass comes to, kept when it is done; of a pass that was done, without carrying it out again.
@@ -106,14 +153,33 @@ class Journal:
             carry_out: returns what `once` can keep.
         """
         self._begin(name)
-        return self.once(DONE, carry_out)
+        done = self._once(f"{self._pass}: {DONE}", carry_out, alike=True)
+        self._at_work = False
+        return done
 
     def _begin(self, name: str) -> None:
         """Keeps what follows as another pass's."""
         self._passes += 1
+        self._at_work = True
         self._pass, self._asked = f"{self._passes} {name}", Counter()
 
-    def _keep(self, key: str, value: T) -> T:
+    def _read(self, file: Path) -> Any:
+        """A piece as it was kept."""
+        return _read(self._first / name if (name := _metadata(file).get(ELSEWHERE)) else file)
+
+    def _keep(self, key: str, value: T, *, alike: bool = False) -> T:
+        """Keeps a piece; what all processes have alike, the first keeps for all."""
+        if processes.size() == 1 or not (alike or isinstance(value, Decision)):
+            self._write(key, value)
+            return value
+        if processes.first():
+            self._write(key, value)
+        name = processes.broadcast_from_first(lambda: self._files[-1].name)
+        if not processes.first():
+            self._write(key, None, {ELSEWHERE: name})
+        return value
+
+    def _write(self, key: str, value: object, more: Mapping[str, str] | None = None) -> None:
         tensors: dict[str, Tensor] = {}
         try:
             text = json.dumps(value, default=partial(_plain, tensors))
@@ -122,14 +188,13 @@ class Journal:
                 f"What '{key}' came to cannot be kept: {reason(error)} Mend the pass: it may keep plain data, tensors and decisions."
             ) from error
         partial_file = self._folder / "partial"
-        tensor_files.write(tensors, partial_file, {"what": key, "value": text})
+        tensor_files.write(tensors, partial_file, {"what": key, "value": text, **(more or {})})
         with partial_file.open("rb+") as opened:
             os.fsync(opened.fileno())
         place = self._folder / f"{len(self._files):06}-{_digest(partial_file)}.safetensors"
         partial_file.replace(place)
         self._files.append(place)
         self._pieces[key] = place
-        return value
 
 
 def journal_of(calibration: Calibration) -> Journal | None:

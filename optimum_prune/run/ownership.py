@@ -32,7 +32,7 @@ REPORTS = ("recipe.yaml", "report.json", "report.html", "cuts.json")
 """In the folder `compression`."""
 STAGED = {
     re.compile(r"\d+-[\w.-]+"): stat.S_ISDIR,
-    re.compile("journal|training"): stat.S_ISDIR,
+    re.compile(r"journal(-\d+)?|training"): stat.S_ISDIR,
     re.compile(r"(state|finished)\.json(\.partial)?"): stat.S_ISREG,
 }
 """What lies in a folder of what is unfinished, by its name, and what it must be: a folder or a file."""
@@ -182,6 +182,6 @@ def _is_staged(entry: Path, named: object) -> bool:
         return fits
     if entry.name == "training":
         return all(TRAINED.fullmatch(each.name) and stat.S_ISDIR(each.lstat().st_mode) for each in entry.iterdir())
-    if entry.name != "journal":
+    if not entry.name.startswith("journal"):
         return (entry / "config.json").is_file() and (entry.name == named or not foreign(entry))
     return all(JOURNALED.fullmatch(each.name) and stat.S_ISREG(each.lstat().st_mode) for each in entry.iterdir())

@@ -63,10 +63,10 @@ class Run:
         return Calibration(self.texts.calibration, self._activations(), self.progress, self._journal())
 
     def _journal(self) -> Once:
-        if processes.size() > 1:  # each would have to read the same, piece by piece
+        if processes.size() > processes.here():  # on several machines, which may have no folder in common
             return NoJournal()
         journal = self.unfinished.journal(described(self.recipe.in_memory))
-        if journal is not None and journal.damaged:
+        if journal is not None and journal.damaged and processes.first():
             self.progress.say(
                 f"A part of what is kept in {self.unfinished.folder} is damaged, so what followed on it is computed again."
             )
@@ -77,13 +77,14 @@ class Run:
         if not step.trains:
             return None
         number = next(number for number, each in enumerate(self.recipe.in_memory) if each is step)
-        training = self.recipe.training
+        training, output = self.recipe.training, self.unfinished.output
         return Lesson(
             self.texts.training,
             (self.unfinished.training() or self.output.folder / "training") / f"{number}-{step.name}",
             self.settings.seed,
             self.progress,
             training.update_every if training.dynamic else None,
+            output.with_name(f"{output.name}.logs") / f"{number}-{step.name}",
         )
 
     def _activations(self) -> ActivationStore:

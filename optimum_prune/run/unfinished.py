@@ -13,20 +13,22 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from optimum_prune.errors import OptimumPruneError, OutputError, RecipeError, VetoError, followed, found_no_memory
+from optimum_prune.machine import processes
+from optimum_prune.machine.processes import ProcessError
 from optimum_prune.machine.watched_files import WEIGHTS
-from optimum_prune.machine.whole_files import whole
 from optimum_prune.run.fingerprints import files_fingerprint
-from optimum_prune.run.hidden import make_hidden, remove_hidden
+from optimum_prune.run.hidden import discard
 from optimum_prune.run.journal import Journal
+from optimum_prune.run.known import known_in, write_known
 from optimum_prune.run.ownership import check_unfinished
 
 STATE = "state.json"
@@ -35,11 +37,10 @@ JOURNAL, BEGUN = "journal", "begun.json"
 """In the folder: that of the journal, and in this, what it is of."""
 TRAINING = "training"
 """In the folder: a folder for each pass that trains, from which it goes on."""
-LARGEST = 2**26
-"""Bytes of a file that says what is here."""
 CHECKPOINT = re.compile(r"\d+-[\w.-]+")
 """The names of checkpoints in the folder."""
 
+REST = ", with the rest of the recipe mended,"
 Passes = Sequence[tuple[str, Mapping[str, Any], str]]
 """Names and options of passes, and the fingerprints of their code."""
 
@@ -88,6 +89,8 @@ class Unfinished:
         state, begun = self._read(), self._begun()
         there = [known for known in (state, begun) if known is not None]
         fitting = [known for known in there if not self._changed(known, passes)]
+        if begun is not None and self._shared(begun, passes):
+            fitting.append(begun)
         if state in fitting:
             self._saved = True
             return Finished(self.folder / state["checkpoint"], len(state["passes"]), state["facts"])
@@ -112,7 +115,7 @@ class Unfinished:
         return self.folder.is_dir() and any(self.folder.iterdir())
 
     def journal(self, passes: Passes) -> Journal | None:
-        """The journal of these passes on the model in memory: the one that is here if it is theirs, else an empty one in its place.
+        """The journal of these passes on the model in memory: what is here of those that it begins with, or an empty one in its place.
 
         Returns:
             None if nobody could go on from it, since nothing tells whether the model is the same.
@@ -120,17 +123,38 @@ class Unfinished:
         Raises:
             OutputError: what is there is not ours.
         """
-        check_unfinished(self.folder)
         if None in self.identity.values():
             return None
-        folder, begun = self.folder / JOURNAL, self._begun()
-        if begun is None or self._changed(begun, passes):
-            self._discard(folder)
-            self._discard(self.folder / TRAINING)
+        shared = processes.broadcast_from_first(lambda: self._made_ready(passes))
+        first = self.folder / JOURNAL
+        folder = first if processes.first() else first.with_name(f"{JOURNAL}-{processes.rank()}")
         folder.mkdir(parents=True, exist_ok=True)
-        self._journal = Journal(folder)
-        _write(folder / BEGUN, self._known(passes))
+        self._journal = Journal(folder, first)
+        self._journal.forget_behind(shared)
+        self._journal.align()
+        if processes.first():
+            write_known(folder / BEGUN, self._known(passes))
         return self._journal
+
+    def _made_ready(self, passes: Passes) -> int:
+        """Removes what is of no use for these passes.
+
+        Returns:
+            How many passes what is left may be of.
+        """
+        check_unfinished(self.folder)
+        begun = self._begun()
+        shared = 0 if begun is None else self._shared(begun, passes)
+        if not shared:
+            self._discard_journals()
+        for each in (self.folder / TRAINING).glob("*"):
+            if int(each.name.partition("-")[0]) >= shared:
+                self._discard(each)
+        return shared
+
+    def _discard_journals(self) -> None:
+        for folder in self.folder.glob(f"{JOURNAL}*"):
+            self._discard(folder)
 
     def _known(self, passes: Passes) -> dict[str, Any]:
         """What tells whether another run may go on from here, and who is at work."""
@@ -151,6 +175,13 @@ class Unfinished:
             changed.append("the code of its passes" if same else "the options of its passes")
         return changed
 
+    def _shared(self, begun: Mapping[str, Any], passes: Passes) -> int:
+        """How many of these passes are the first of those that a journal is of, and as they were there."""
+        if any(begun["identity"].get(what) != value for what, value in self.identity.items()):
+            return 0
+        there, wanted = begun["passes"], json.loads(json.dumps([list(step) for step in passes]))
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(there, wanted, strict=False)))
+
     def save(self, checkpoint: Path, passes: Passes, facts: Mapping[str, Any]) -> Path:
         """Moves a whole checkpoint here, unless it is here, and notes what it is.
 
@@ -164,7 +195,7 @@ class Unfinished:
             self._discard(place)
             checkpoint.rename(place)
         about = {"checkpoint": place.name, "files": files_fingerprint(place, WEIGHTS), "facts": facts}
-        _write(self.folder / STATE, {**self._known(passes), **about})
+        write_known(self.folder / STATE, {**self._known(passes), **about})
         self._journal, self._saved = None, True
         for entry in self.folder.iterdir():  # what the state no longer names
             if entry.is_dir() and entry != place:
@@ -183,34 +214,22 @@ class Unfinished:
             self._discard(self.folder)
 
     def _discard(self, folder: Path) -> None:
-        """Removes a folder: whole, or, if that takes longer than this process lives, it gets a name that tells that it is to be removed."""
-        if not folder.is_dir():
-            return
-        try:
-            aside = make_hidden(self.output, "partial")
-        except OutputError:
-            shutil.rmtree(folder, ignore_errors=True)
-            return
-        try:
-            with suppress(OSError):
-                folder.rename(aside / folder.name)
-            remove_hidden(aside)
-        finally:  # an interrupt comes once
-            remove_hidden(aside)
-            shutil.rmtree(folder, ignore_errors=True)
+        discard(folder, self.output)
 
     @contextmanager
     def errors_say_what_is_kept(self) -> Iterator[None]:
         """Adds to an error that leaves this block what is kept, and how to go on.
 
-        A journal is kept if the same command may end otherwise the next time: after an interrupt or a veto, on a full disk or without memory.
+        A journal is kept if the same command may end otherwise the next time: after an interrupt or a veto, on a full disk or without memory;
+        and if passes are done in it before the one that failed, which may be mended.
         """
         try:
             yield
         except OptimumPruneError as error:
-            if self._journal is not None and not _may_end_otherwise(error):
+            again = _may_end_otherwise(error)
+            if self._journal is not None and not again and not self._journal.stopped_behind_others:
                 self._remove_journal()
-            if kept := self._kept():
+            if kept := self._kept("" if again else REST):
                 raise followed(error, kept) from error
             raise
         except KeyboardInterrupt as error:
@@ -228,29 +247,33 @@ class Unfinished:
 
     def _remove_journal(self) -> None:
         self._journal = None
-        self._discard(self.folder / JOURNAL)
+        self._discard_journals()
         self._discard(self.folder / TRAINING)
         with suppress(OSError):  # a checkpoint of another run may be there
             self.folder.rmdir()
 
-    def _kept(self) -> str:
-        """What the same command can go on from, in a sentence."""
+    def _kept(self, mended: str = "") -> str:
+        """What the same command can go on from, in a sentence.
+
+        Args:
+            mended: what is to be mended before.
+        """
         if self._journal is not None:
             if len(self._journal):
-                return f"What was done so far is kept in {self.folder}; the same command goes on from there."
+                return f"What was done so far is kept in {self.folder}; the same command{mended} goes on from there."
             self._remove_journal()
         state = self._read() if self._saved else None
         if state is None:
             return ""
         done = ", ".join(name for name, *_ in state["passes"])
         return (
-            f"The checkpoint after {done or 'loading'} is kept in {self.folder / state['checkpoint']}; the same command, with the rest of "
-            f"the recipe mended, goes on from there."
+            f"The checkpoint after {done or 'loading'} is kept in {self.folder / state['checkpoint']}; the same command{REST} goes on from "
+            f"there."
         )
 
     def _read(self) -> Any:
         """What the checkpoint here is of, if there is one."""
-        state = _known_in(self.folder / STATE, {"checkpoint": str, "files": str, "facts": dict})
+        state = known_in(self.folder / STATE, {"checkpoint": str, "files": str, "facts": dict})
         if state is None or not CHECKPOINT.fullmatch(state["checkpoint"]):
             return None
         checkpoint = self.folder / state["checkpoint"]
@@ -262,36 +285,16 @@ class Unfinished:
 
     def _begun(self) -> Any:
         """What the journal is of, if there is one."""
-        return _known_in(self.folder / JOURNAL / BEGUN)
+        return known_in(self.folder / JOURNAL / BEGUN)
 
 
 def _may_end_otherwise(error: OptimumPruneError) -> bool:
     """Whether the same command may come to another end the next time, with nothing changed that a journal is of."""
     cause = error.__cause__
-    return isinstance(error, (OutputError, VetoError)) or (cause is not None and found_no_memory(cause))
+    return isinstance(error, (OutputError, VetoError, ProcessError)) or (cause is not None and found_no_memory(cause))
 
 
 def unfinished_folder(output: Path) -> Path:
     """Where what is unfinished of a run with this output is kept."""
     whole = Path(os.path.abspath(output))
     return whole.with_name(f"{whole.name}.unfinished")
-
-
-def _known_in(file: Path, more: Mapping[str, type] | None = None) -> Any:
-    """What a file says of a run that wrote it; None if none did, whatever it holds."""
-    kinds = {"identity": dict, "passes": list, **(more or {})}
-    try:
-        if file.stat().st_size > LARGEST:
-            return None
-        plain = json.loads(file.read_text(encoding="utf-8"))
-        steps = [(str(name), dict(options)) for name, options, _ in plain["passes"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # none, or something else's
-        return None
-    fits = steps is not None and all(isinstance(plain.get(name), kind) for name, kind in kinds.items())
-    return plain if fits else None
-
-
-def _write(file: Path, plain: Mapping[str, Any]) -> None:
-    """Writes JSON, whole or not at all."""
-    with whole(file) as partial:
-        partial.write_text(json.dumps(plain, indent=2), encoding="utf-8")

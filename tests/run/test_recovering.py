@@ -199,7 +199,7 @@ def test_what_it_must_not_do_is_refused(harm, error, message, offload, recipe, c
     with pytest.raises(error, match=message) as caught:
         compress(recipe(DEPTH, Nudge(harm=harm), model=checkpoints("llama-tied"), offload=offload), tmp_path / "out")
     assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
+    assert [each.name for each in tmp_path.iterdir()] == ["out.unfinished"]  # with what the pass before it did
 
 
 # A run that is killed
@@ -240,7 +240,7 @@ def killed(recipe, folder, at):
     ("at", "again", "offload"),
     [
         ("2 nudge: gradient (2)", 2, False),  # inside
-        ("2 nudge: done (1)", 1, False),  # when it has just been kept
+        ("2 nudge: done", 1, False),  # when it has just been kept
         ("3 nudge: gradient (1)", 1, True),  # in the pass behind it, which begins from what it left
     ],
 )
@@ -261,10 +261,10 @@ def test_a_run_that_is_killed_goes_on_and_ends_as_one_that_is_not(at, again, off
 
 @pytest.mark.skipif(sys.platform == "win32", reason="processes are killed as POSIX does")
 def test_only_the_weights_that_changed_are_kept(recipe, tmp_path):
-    killed(recipe(OSSCAR, Nudge(), Nudge()), tmp_path, "2 nudge: done (1)")
+    killed(recipe(OSSCAR, Nudge(), Nudge()), tmp_path, "2 nudge: done")
     for file in (tmp_path / "out.unfinished/journal").glob("0*.safetensors"):
         with safe_open(file, "pt") as opened:
-            if opened.metadata()["what"] == "2 nudge: done (1)":
+            if opened.metadata()["what"] == "2 nudge: done":
                 kept = json.loads(opened.metadata()["value"])["weights"]
     names = {name for name, _ in tiny.model("llama").named_parameters() if "norm" in name}
     assert kept.keys() == names
@@ -334,3 +334,37 @@ def test_several_processes_come_to_the_same(tmp_path, plugins):
 def test_a_decoder_is_found_of_a_copy_that_shares(plugins):
     model = tiny.model("qwen3_moe")
     assert Decoder.of(sharing_copy(model), plugins.families).shape() == Decoder.of(model, plugins.families).shape()
+
+
+class TestAPassThatFails:
+    """Behind others that are done, which are not done again once it is mended."""
+
+    def wanted(self, recipe, tmp_path, **last):
+        first = Nudge(log=str(tmp_path / "log"), rate=0.01)
+        return recipe(DEPTH, first, Nudge(**last))
+
+    def test_leaves_what_was_done_and_is_mended(self, recipe, tmp_path):
+        with pytest.raises(
+            SurgeryError, match=r"kept in .*out.unfinished; the same command, with the rest of the recipe mended"
+        ):
+            compress(self.wanted(recipe, tmp_path, harm="shape"), tmp_path / "out")
+        compress(self.wanted(recipe, tmp_path, steps=2), tmp_path / "out", resume=True)
+        assert (tmp_path / "log").read_text() == "nudge\n"
+        compress(self.wanted(recipe, tmp_path, steps=2), tmp_path / "whole")
+        assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["log", "out", "whole"]
+
+    def test_that_is_the_first_leaves_nothing(self, recipe, tmp_path):
+        with pytest.raises(SurgeryError, match=r"Please report it\.$"):
+            compress(recipe(Nudge(harm="shape")), tmp_path / "out")
+        assert not list(tmp_path.iterdir())
+
+    def test_is_of_no_use_where_an_earlier_one_changed(self, recipe, tmp_path):
+        with pytest.raises(SurgeryError):
+            compress(self.wanted(recipe, tmp_path, harm="shape"), tmp_path / "out")
+        other = recipe(Depth(drop=(1,)), *self.wanted(recipe, tmp_path).passes[1:])
+        with pytest.raises(RecipeError, match="the options of its passes changed"):
+            compress(other, tmp_path / "out", resume=True)
+        compress(other, tmp_path / "out")
+        compress(other, tmp_path / "whole")
+        assert digests(tmp_path / "out") == digests(tmp_path / "whole")

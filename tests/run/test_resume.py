@@ -273,7 +273,7 @@ class TestTheJournal:
     def test_recalls_a_pass_that_is_done_without_deciding_again(self, tmp_path):
         made = []
         for _run in range(2):
-            journal = Journal(tmp_path)
+            journal = Journal(tmp_path, tmp_path)
             for _ in range(2):  # two passes of one name
                 found = list(journal.decisions("one", lambda: self.decisions(3, made)))
                 assert [decision.cuts for decision in found] == [
@@ -289,7 +289,7 @@ class TestTheJournal:
         assert made == [0, 1, 2, 0, 1, 2]
 
     def test_keeps_a_decision_that_the_pass_kept_itself_once(self, tmp_path):
-        journal = Journal(tmp_path)
+        journal = Journal(tmp_path, tmp_path)
 
         def decide():
             yield journal.once("first", lambda: Decision(evidence={"n": 1}))
@@ -300,18 +300,18 @@ class TestTheJournal:
 
     def test_tells_pieces_of_one_name_apart_by_their_order(self, tmp_path):
         for _ in range(2):
-            journal = Journal(tmp_path)
+            journal = Journal(tmp_path, tmp_path)
             assert [journal.once("one", lambda value=value: [value, torch.ones(2)])[0] for value in "ab"] == ["a", "b"]
         assert len(journal) == 2
 
     def test_refuses_what_is_no_data(self, tmp_path):
         with pytest.raises(PassError, match="cannot be kept: a object is neither plain data"):
-            Journal(tmp_path).once("one", object)
+            Journal(tmp_path, tmp_path).once("one", object)
 
     def test_takes_numbers_of_numpy(self, tmp_path):
         for _ in range(2):
             decision = Decision(evidence={"number": np.int64(3), "list": np.ones(2)})
-            (found,) = Journal(tmp_path).decisions("one", lambda decision=decision: [decision])
+            (found,) = Journal(tmp_path, tmp_path).decisions("one", lambda decision=decision: [decision])
             assert {name: np.asarray(value).tolist() for name, value in found.evidence.items()} == {
                 "number": 3,
                 "list": [1, 1],
