@@ -51,7 +51,7 @@ class Conversation:
         """The parts of the written text, each with its begin, its end, and whether it is an answer."""
         parts, behind = [], 0
         for number, message in enumerate(self.messages):
-            if message[ROLE] != ANSWERS:
+            if message[ROLE] != ANSWERS or not message[CONTENT].strip():
                 continue
             before = _written(self, self.messages[:number], tokenizer, asked=True) if number else ""
             after = _written(self, self.messages[: number + 1], tokenizer)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from optimum_prune.text.conversations import Conversation
+from optimum_prune.errors import TextError
+from optimum_prune.text.conversations import ANSWERS, Conversation
 from optimum_prune.text.tokenization import PIECE, tokenize
 from optimum_prune.text.windows import Windows
 
@@ -38,13 +39,18 @@ def packed(reader: Reader, text: Text, length: int, most: int | None, title: str
         title: what the text is called.
 
     Raises:
-        TextError: it cannot be read.
+        TextError: it cannot be read, or its conversations have no answers.
     """
     rows = _Rows(length, reader.bos)
     for tokens, counted in _pieces(reader, text):
         rows.add(tokens, counted)
         if most is not None and rows.tokens >= most:
             break
+    if rows.tokens and not rows.counted:
+        raise TextError(
+            f"The conversations of the training text {title} have no answers to train on: no message of the role '{ANSWERS}' that says anything. "
+            f"Mend its rows, or name another text."
+        )
     return rows.windows(title)
 
 
@@ -73,6 +79,8 @@ class _Rows:
 
     def __init__(self, length: int, bos: int | None) -> None:
         self.tokens = 0
+        self.counted = False
+        """Whether any of them count."""
         self._length = length
         self._bos = torch.tensor([] if bos is None else [bos], dtype=torch.int32)
         self._waiting: list[tuple[Tensor, Tensor]] = []
@@ -85,6 +93,7 @@ class _Rows:
     def add(self, tokens: Tensor, counted: Tensor | None) -> None:
         """Takes some more tokens, and which of them count."""
         self.tokens += len(tokens)
+        self.counted = self.counted or counted is None or bool(counted.any())
         self._gathered += len(tokens)
         self._all_count = self._all_count and counted is None
         self._waiting.append((tokens, EVERY.expand(len(tokens)) if counted is None else counted))

@@ -122,6 +122,10 @@ class Training(Text):
             raise RecipeError(
                 f"The training text names {self.describe()}, and domains besides. Name it as one of the domains."
             )
+        for number, domain in enumerate(self.domains, start=1):
+            if not domain.named and len(self.domains) > 1:
+                called = f"The domain {shown(domain.name)}" if domain.name else f"Domain {number} of the training text"
+                raise RecipeError(f"{called} names no text. Give it a 'text' or a 'dataset'.")
         weights = [domain.weight for domain in self.domains if domain.weight is not None]
         if weights and (len(weights) < len(self.domains) or abs(math.fsum(weights) - 1) > SLACK):
             raise RecipeError(

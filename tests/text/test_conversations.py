@@ -104,7 +104,8 @@ def test_passes_choose_by_all_that_was_said(tmp_path, chatting, sources):
         (CHANGING, ROWS, "what comes later changes what was said before"),
         (TEMPLATE, [[{"role": "user", "content": 7}]], "has a list in 'messages'"),
         (TEMPLATE, [[{"from": "user", "value": "Gou"}]], "has a list in 'messages'"),
-        (TEMPLATE, [said("Gou fanfan")], "too short for one window"),
+        (TEMPLATE, [said("Gou fanfan")], "have no answers to train on"),
+        (TEMPLATE, [said("Gou fanfan", "")], "have no answers to train on"),
     ],
 )
 def test_what_is_no_conversation_to_train_on_is_said(template, rows, why, tmp_path, tokenizer, sources, other):
