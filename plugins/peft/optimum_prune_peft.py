@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from optimum_prune import Stage, hookimpl, option
-from optimum_prune.errors import RecipeError
+from optimum_prune.errors import RecipeError, shown
 from optimum_prune.passes.imitating import ImitatingPass
 from optimum_prune.training.objectives import Likelihood
 from optimum_prune.training.student import Student, masked, write_once
@@ -76,10 +76,17 @@ class Lora(ImitatingPass):
         """Nothing: adapters are small."""
         return ""
 
-    def trained_memory(self, shape: Shape, work: Workload) -> float:
+    def keeps(self, shape: Shape, work: Workload) -> float:
+        """The model's own weights too, before adapters are merged into them."""
+        return super().keeps(shape, work) + shape.parameters * work.itemsize
+
+    def trained_parameters(self, shape: Shape, work: Workload) -> float:
         """Of the adapters, whose two sides together have at most twice a matrix's parameters over the hidden size, times their rank."""
-        layers = sum(layer.parameters for layer in shape.layers)
-        return 2 * self.r * layers / work.hidden * self.trained_bytes
+        return 2 * self.r * sum(layer.parameters for layer in shape.layers) / work.hidden
+
+    def trained_memory(self, shape: Shape, work: Workload) -> float:
+        """Of the adapters."""
+        return self.trained_parameters(shape, work) * self.trained_bytes
 
 
 class _Adapted(Student):
@@ -126,10 +133,17 @@ def _adapted(decoder: Decoder, step: Lora) -> dict[str, nn.Parameter]:
     """The weights that get adapters, by their paths from the list of layers: of linear layers, and of experts, whose tensors have three
     dimensions.
     """
+    linear = {path: module.weight for path, module in decoder.modules.named_modules() if _is_linear(module)}
+    for name in step.target_modules:
+        if not any(path.endswith(name) for path in linear):
+            there = ", ".join(sorted({path.rpartition(".")[2] for path in linear}))
+            raise RecipeError(
+                f"lora is to adapt linear layers called {shown(name)}, and the model's are called {there}. Give names of these."
+            )
     found = {
-        f"{path}.weight": module.weight
-        for path, module in decoder.modules.named_modules()
-        if _is_linear(module) and (not step.target_modules or path.endswith(step.target_modules))
+        f"{path}.weight": weight
+        for path, weight in linear.items()
+        if not step.target_modules or path.endswith(step.target_modules)
     }
     if step.experts and not step.target_modules:
         stored = {name: value for name, value in decoder.modules.named_parameters() if value.ndim == 3}
@@ -137,9 +151,7 @@ def _adapted(decoder: Decoder, step: Lora) -> dict[str, nn.Parameter]:
             _check_experts(step)
         found |= stored
     if not found:
-        raise RecipeError(
-            f"lora found no linear layer to adapt by the names {', '.join(step.target_modules) or 'that there are'}. Look at how the model's are called."
-        )
+        raise RecipeError("lora found no linear layer to adapt. Recover this model by another pass.")
     return found
 
 

@@ -230,7 +230,12 @@ def refused(step, name, tmp_path, zeros=""):
 @pytest.mark.parametrize(
     ("options", "name", "zeros", "why"),
     [
-        ({"target_modules": ("query",)}, "llama", "", "found no linear layer to adapt by the names query"),
+        (
+            {"target_modules": ("q_proj", "query")},
+            "llama",
+            "",
+            r"called 'query', and the model's are called down_proj, .*, q_proj",
+        ),
         ({"lora_dropout": 0.1}, "mixtral", "", "has lora_dropout, which peft does not have for experts"),
         ({"use_dora": True}, "mixtral", "", "has use_dora, which peft does not have for experts"),
         ({"use_dora": True}, "llama", "up_proj", "leave out use_dora"),
