@@ -89,7 +89,7 @@ def check_libraries(step: Pass) -> None:
     """
     interpreter = interpreter_of(step)
     if interpreter is None:
-        _refuse_missing(step, step.missing(), dict(step.requires), None)
+        _refuse_missing(step, step.lacking(), dict(step.needs), None)
     else:
         _program(interpreter, step.name)
 

@@ -67,9 +67,18 @@ class Pass(ABC):
         check_options(self, self.name)
 
     @property
+    def needs(self) -> Mapping[str, str]:
+        """What `requires` says, and what its options ask for besides."""
+        return self.requires
+
+    @property
     def unpacks(self) -> bool:
         """Whether what a QUANTIZE pass leaves computes the same once torch has unpacked its weights (`Tensor.dequantize`)."""
         return False
+
+    def keeps(self, shape: Shape, work: Workload) -> float:  # noqa: ARG002 - whoever keeps something needs them
+        """Bytes that it keeps on disk while it runs, beside what it leaves, for a run that goes on after a kill; reads no weight."""
+        return 0
 
     def tokens_wanted(self) -> int | None:
         """How many tokens a pass that trains is trained on; None where nobody knows beforehand."""
@@ -114,6 +123,10 @@ class Pass(ABC):
     def missing(cls) -> tuple[str, ...]:
         """The modules in `requires` that are not installed."""
         return tuple(name for name in cls.requires if not _is_there(name))
+
+    def lacking(self) -> tuple[str, ...]:
+        """The modules in `needs` that are not installed."""
+        return tuple(name for name in self.needs if not _is_there(name))
 
 
 def _is_there(module: str) -> bool:

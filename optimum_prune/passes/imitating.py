@@ -7,17 +7,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from optimum_prune.options import option
-from optimum_prune.passes.trained import TrainedPass
+from optimum_prune.passes.trained import TOKENS, TrainedPass
 from optimum_prune.training.objectives import Imitation
 from optimum_prune.training.predictions import Asked, Place, Precomputed
 
 if TYPE_CHECKING:
+    from optimum_prune.anatomy.shape import Shape
+    from optimum_prune.anatomy.workload import Workload
     from optimum_prune.passes.recover import Recovery
     from optimum_prune.training.lesson import Lesson, Objective
     from optimum_prune.training.schedule import Schedule
 
 ROUNDS = 1.5
 """Where each window is trained on more often, it pays to compute what the dense model predicts beforehand."""
+PREDICTED_BYTES = 6
+"""Of a token's probability, and of which token it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,11 @@ class ImitatingPass(TrainedPass):
         kept.compute(lambda: recovery.teacher.model.eval(), lesson, _places(lesson, schedule), schedule.at_once)
         recovery.let_teacher_go()
         return Imitation(kept, self.alpha, self.temperature)
+
+    def keeps(self, shape: Shape, work: Workload) -> float:
+        """The dense model's predictions too, where they are computed beforehand."""
+        tokens = (self.tokens_wanted() or TOKENS) if self.precompute else 0
+        return super().keeps(shape, work) + tokens * self.top * PREDICTED_BYTES
 
     def precomputes(self, schedule: Schedule, lesson: Lesson) -> bool:
         """Whether the dense model is asked beforehand."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from optimum_prune.errors import RecipeError
+from optimum_prune.errors import RecipeError, shown
 from optimum_prune.evaluation.losses import losses_cost
 from optimum_prune.machine import processes
 from optimum_prune.machine.memory import free_memory
@@ -15,6 +15,7 @@ from optimum_prune.options import option
 from optimum_prune.passes.recover import RecoverPass, Recovery
 from optimum_prune.surgery.cuts import NOTE
 from optimum_prune.training.schedule import Schedule
+from optimum_prune.training.trackers import TRACKERS
 
 if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder
@@ -67,13 +68,24 @@ class TrainedPass(RecoverPass):
         "Keep weights in float32 while they are trained; if not given, where they fit in memory.", None
     )
     keep_zeros: bool = option("Let the zeros of matrices that are zero by more than a quarter stay.", True)
-    report_to: tuple[str, ...] = option("Trackers, such as trackio, wandb or tensorboard.", ())
+    report_to: tuple[str, ...] = option(
+        "Trackers: trackio, wandb, tensorboard (which writes into OUT.logs), mlflow, swanlab, clearml or comet_ml.", ()
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         given = [name for name in ("steps", "tokens", "epochs", "minutes") if getattr(self, name) is not None]
         if len(given) > 1:
             raise RecipeError(f"{self.name} is given {' and '.join(given)}. Give one of them.")
+        if strange := [name for name in self.report_to if name not in TRACKERS]:
+            raise RecipeError(
+                f"{self.name} is to report to {shown(strange[0])}, which is no tracker that it knows. Give one of {', '.join(TRACKERS)}."
+            )
+
+    @property
+    def needs(self) -> Mapping[str, str]:
+        """Trackers too."""
+        return {**self.requires, **{TRACKERS[name]: name for name in self.report_to}}
 
     @abstractmethod
     def objective(self, recovery: Recovery, lesson: Lesson, schedule: Schedule) -> Objective:
@@ -147,6 +159,15 @@ class TrainedPass(RecoverPass):
         spent = replace(predicted, memory=2 * predicted.memory + kept)
         return computed.followed_by(spent).with_memory(self.trained_memory(shape, work))
 
+    def keeps(self, shape: Shape, work: Workload) -> float:
+        """The weights that it began with, the best, and a state of the training, with two averages of gradients, beside the one that follows it."""
+        state = 3 * (work.itemsize if self.float32 is False else 4)
+        return self.trained_parameters(shape, work) * 2 * (work.itemsize + state)
+
+    def trained_parameters(self, shape: Shape, _: Workload) -> float:
+        """How many parameters of a model are trained."""
+        return shape.parameters
+
     def remark(self, shape: Shape) -> str:
         """How long it trains, and in which dtype."""
         tokens = self.tokens_wanted()
@@ -162,7 +183,9 @@ class TrainedPass(RecoverPass):
 
     def trained_memory(self, shape: Shape, work: Workload) -> float:
         """Bytes of what is trained, beside the model."""
-        return shape.parameters * (self.trained_bytes if self.float32 is not False else 3 * work.itemsize)
+        return self.trained_parameters(shape, work) * (
+            self.trained_bytes if self.float32 is not False else 3 * work.itemsize
+        )
 
     def _in_float32(self, parameters: int) -> bool:
         """Whether so many weights are kept in float32, with their gradients and two averages of these: if not told, where there is memory for it."""

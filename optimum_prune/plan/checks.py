@@ -113,7 +113,7 @@ def check_disk(folder: Path, needed: int) -> None:
 
     Args:
         folder: one beside the output.
-        needed: bytes of the compressed model.
+        needed: bytes of the compressed model, and of what is kept until it is there.
 
     Raises:
         OutputError: there are fewer.
@@ -121,7 +121,7 @@ def check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
-            f"The compressed model takes {needed / 1e9:.1f} GB, and {folder.parent} has {free / 1e9:.1f} GB left. Make room, or name an "
+            f"The run takes {needed / 1e9:.1f} GB on disk, and {folder.parent} has {free / 1e9:.1f} GB left. Make room, or name an "
             f"--output elsewhere."
         )
 

@@ -13,7 +13,7 @@ from optimum_prune.evaluation.losses import losses_cost
 from optimum_prune.evaluation.perplexity import evaluation_cost
 from optimum_prune.machine.isolation import guarded
 from optimum_prune.machine.memory import resident
-from optimum_prune.passes.base import Pass
+from optimum_prune.passes.base import Pass, Stage
 from optimum_prune.text.drawing import characters_read
 from optimum_prune.text.text import texts_to_use
 from optimum_prune.text.tokenization import PIECE
@@ -67,7 +67,7 @@ class Planner:
         self._weights = 0 if plan.offloads else plan.bytes_of(self._before)
         self._process = resident() + TOKENIZER * self._work.vocabulary
         self._retained = 0.0
-        self.disk = plan.disk
+        self.disk = room(plan)
         """At most at one time, as far as the phases were asked for."""
 
     def phases(self) -> Iterator[Phase]:
@@ -136,6 +136,13 @@ class Planner:
         held = self._weights if weights is None else weights
         memory = int(self._process + held + max(cost.memory, self._retained))
         return Phase(name, stage, shape, memory, self._speed.seconds(cost))
+
+
+def room(plan: Plan) -> int:
+    """Bytes on disk of the checkpoint that the passes in memory leave, and of what is kept meanwhile for a run that goes on after a kill."""
+    work, steps = workload(plan), list(zip(plan.recipe.in_memory, plan.shapes, plan.shapes[1:], strict=False))
+    made = sum(plan.bytes_of(after) for step, _, after in steps if step.stage is Stage.RECOVER)
+    return plan.disk + made + int(max((step.keeps(before, work) for step, before, _ in steps), default=0))
 
 
 def workload(plan: Plan) -> Workload:

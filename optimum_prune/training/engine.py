@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from optimum_prune.errors import OutputError, reason
 from optimum_prune.machine import processes, tensor_files
 from optimum_prune.training.lesson import Lesson, Objective, TrainingBatch
 from optimum_prune.training.schedule import Schedule
 from optimum_prune.training.student import Student
+from optimum_prune.training.trackers import PROJECT, written_to
 from optimum_prune.training.watch import STATE, Watch
 
 if TYPE_CHECKING:
@@ -43,7 +48,9 @@ def train(student: Student, lesson: Lesson, objective: Objective, schedule: Sche
             checkpoint = latest(lesson.folder)
             if checkpoint is not None:
                 watch.load(json.loads((checkpoint / STATE).read_text()))
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+                lesson.progress.say(f"Training goes on from the state in {checkpoint}.")
+            with written_to(lesson.logs or lesson.folder / "logs"):
+                trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.accelerator.free_memory()
             return watch.ended()
     except BaseException:
@@ -53,7 +60,7 @@ def train(student: Student, lesson: Lesson, objective: Objective, schedule: Sche
 
 def latest(folder: Path) -> Path | None:
     """The last state of a training in a folder that was kept whole."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    found = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     return next((path for path in reversed(found) if (path / STATE).is_file()), None)
 
 
@@ -110,7 +117,14 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers declares no types
             callbacks=[watch],
         )
         self.remove_callback(PrinterCallback)
+        watch.tell = self._tell
         self.model_accepts_loss_kwargs = False  # each loss is a mean, of which batches with more tokens have more
+
+    def _tell(self, figures: dict[str, float]) -> None:
+        """Lets trackers know of figures, beside those of each step."""
+        due = self.control.should_log
+        self.log(figures)
+        self.control.should_log = due
 
     def _get_train_sampler(self, train_dataset: _Positions | None = None) -> Sampler[int]:
         return SequentialSampler(train_dataset or self.train_dataset)
@@ -131,6 +145,18 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers declares no types
 
         part = len(places) / len(windows) * self._lesson.counted(windows)
         return self._objective.loss(run, batch) * (len(batch.predicted) / part)
+
+    def _save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
+        """Keeps a state, whole or not at all."""
+        try:
+            super()._save_checkpoint(*arguments, **keywords)
+        except (RuntimeError, OSError, SafetensorError) as error:  # torch has no name for a disk that is full
+            place = self._watch.lesson.folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            shutil.rmtree(place, ignore_errors=True)
+            raise OutputError(
+                f"The state of the training after step {self.state.global_step} cannot be kept in {place.parent}: {reason(error)} Make room "
+                f"there, or name an --output elsewhere."
+            ) from error
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         place = Path(output_dir or self.args.output_dir)
@@ -156,6 +182,8 @@ def _arguments(schedule: Schedule, lesson: Lesson, device: torch.device) -> Trai
         save_strategy="no",
         save_total_limit=1,
         report_to=list(schedule.report_to) or "none",
+        run_name=lesson.title,
+        project=PROJECT,
         disable_tqdm=True,
         seed=lesson.seed,
         use_cpu=device.type == "cpu",

@@ -69,6 +69,13 @@ class Lesson:
     progress: Progress = Progress()
     update_every: int | None = None
     """Steps between two updates of the weights of domains; None where they stay."""
+    logs: Path | None = None
+    """Where trackers write whose logs are files; in its folder, if nowhere else."""
+
+    @property
+    def title(self) -> str:
+        """What trackers call it."""
+        return self.folder.name if self.logs is None else f"{self.logs.parent.stem}-{self.logs.name}"
 
     @property
     def measures_references(self) -> bool:

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
+from optimum_prune.machine import processes
+
 ENDLESS = 10**9
 """Steps that no training by minutes comes to."""
 
@@ -52,11 +54,14 @@ class Schedule:
 
 
 class Course:
-    """How far a training is: what it has spent of its steps or minutes, those of earlier runs included."""
+    """How far a training is: what it has spent of its steps or minutes, those of earlier runs included.
+
+    It goes by the clock of the first process, as it was when all looked at it together.
+    """
 
     def __init__(self, schedule: Schedule) -> None:
         self._schedule = schedule
-        self._spent = 0.0
+        self._spent = self._seen = 0.0
         self._began = time.monotonic()
 
     @property
@@ -66,12 +71,17 @@ class Course:
 
     def goes_on_after(self, seconds: float) -> None:
         """Lets an earlier run have spent so many seconds."""
-        self._spent, self._began = seconds, time.monotonic()
+        self._spent = self._seen = seconds
+        self._began = time.monotonic()
+
+    def look_at_the_clock(self) -> None:
+        """Sees what was spent by now, the same in all processes."""
+        self._seen = processes.broadcast_from_first(lambda: self.seconds)
 
     def part(self, step: int) -> float:
         """How much of the training is behind, between 0 and 1, after so many steps."""
         if self._schedule.minutes is not None:
-            return min(1.0, self.seconds / (60 * self._schedule.minutes))
+            return min(1.0, self._seen / (60 * self._schedule.minutes))
         return min(1.0, step / self._schedule.most_steps)
 
     def share(self, step: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from optimum_prune.training.student import Student
 
 STATE = "course.json"
 """In each state of a training that is kept, what its Trainer does not know; written last."""
+SHARED = 1e-4
+"""Of the weights of domains, as in Sheared LLaMA."""
 POINTS = 200
 """Steps of which the report has the loss, at most."""
 
@@ -36,7 +38,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         self.student = student
         self.course = Course(schedule)
         self.mixture = lesson.mixture(schedule.windows)
-        self._lesson = lesson
+        self.lesson = lesson
         self._schedule = schedule
         self._looks: list[tuple[int, float]] = []
         """Steps, and the held-out perplexity after them."""
@@ -47,6 +49,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         self._why = ""
         """Why it ended early."""
         self._saved = time.monotonic()
+        self.tell: Callable[[dict[str, float]], object] = lambda _: None
+        """Lets trackers know of figures."""
         self._measuring = 0.0
         """Seconds of this training that were spent on held-out windows."""
         self._per_step = schedule.windows * lesson.domains[0].windows.length
@@ -58,7 +62,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         """Measures the model as it is, unless that was done in an earlier run."""
         steps = self._schedule.steps
         total, done = (None if steps is None else steps * self._per_step), state.global_step * self._per_step
-        self._bar = self._lesson.progress.bar("Training", total, done, unit="tok")
+        self._bar = self.lesson.progress.bar("Training", total, done, unit="tok")
         if not self._looks:
             self._look(0)
 
@@ -78,10 +82,11 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         """Looks how good the model is when it is time to, and decides whether to go on and whether to keep the state."""
         self.student.keep_zeros()
         step = state.global_step
+        self.course.look_at_the_clock()
         part = self.course.part(step)
         if int(part * self._schedule.looks) > len(self._looks) - 1:
             self._look(step)
-        if self._lesson.update_every and step % self._lesson.update_every == 0:
+        if self.lesson.update_every and step % self.lesson.update_every == 0:
             self._move_weights(step)
         self._advance(step, part)
         over = part >= 1 or bool(self._why)
@@ -110,6 +115,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         found = self._measured()
         best = min((value for _, value in self._looks), default=math.inf)
         self._looks.append((step, found))
+        self.tell({"held_out_perplexity": found})
         if step and found < best:
             self.student.keep(found, step)
         since = len(self._looks) - 1 - min(range(len(self._looks)), key=lambda look: self._looks[look][1])
@@ -118,10 +124,13 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
 
     def _move_weights(self, step: int) -> None:
         """Gives more weight to the domains that are farther from their references (Sheared LLaMA, arXiv 2310.06694, algorithm 1)."""
-        losses = [math.log(self._measured(domain.held_out)) for domain in self._lesson.domains]
-        references = [domain.reference or 0.0 for domain in self._lesson.domains]
+        losses = [math.log(self._measured(domain.held_out)) for domain in self.lesson.domains]
+        references = [domain.reference or 0.0 for domain in self.lesson.domains]
         self.mixture.weights = moved(self.mixture.weights, losses, references)
         self._moves.append((step, losses, list(self.mixture.weights)))
+        names = [domain.name for domain in self.lesson.domains]
+        self.tell({f"weight of {name}": weight for name, weight in zip(names, self.mixture.weights, strict=True)})
+        self.tell({f"held-out loss of {name}": loss for name, loss in zip(names, losses, strict=True)})
 
     def _measured(self, windows: Windows | None = None) -> float:
         """The perplexity on the held-out windows, or on some of them."""
@@ -130,7 +139,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         model.eval()
         try:
             with self.student.computing():
-                return perplexity(model, windows or self._lesson.held_out, Progress()).value
+                return perplexity(model, windows or self.lesson.held_out, Progress()).value
         except NumericalError:
             return math.inf
         finally:
@@ -176,22 +185,22 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
             "tokens": tokens,
             "seconds": round(seconds, 1),
             "tokens_per_second": round(speed, 1),
-            "held_out": {"before": before, "after": after, "text": self._lesson.held_out.source},
+            "held_out": {"before": before, "after": after, "text": self.lesson.held_out.source},
             "kept": f"the weights after step {step}" if better else "the weights as they were",
             "looks": [list(look) for look in self._looks],
             "losses": [list(each) for each in self._losses[::every]],
         }
-        if self._lesson.update_every:
+        if self.lesson.update_every:
             found["domains"] = {
-                "names": [domain.name for domain in self._lesson.domains],
-                "references": [domain.reference for domain in self._lesson.domains],
+                "names": [domain.name for domain in self.lesson.domains],
+                "references": [domain.reference for domain in self.lesson.domains],
                 "moves": [list(move) for move in self._moves],
             }
-        told = (
-            f"perplexity on {self._lesson.held_out.source} from {before:,.2f} to {after:,.2f} with {tokens:,} tokens"
-        )
+        told = f"perplexity on {self.lesson.held_out.source} from {before:,.2f} to {after:,.2f} with {tokens:,} tokens"
         if not better:
-            told = f"perplexity on {self._lesson.held_out.source} was never below {before:,.2f}, so the model is as it was"
+            told = (
+                f"perplexity on {self.lesson.held_out.source} was never below {before:,.2f}, so the model is as it was"
+            )
         if self._why:
             found["ended_early"] = self._why
             told += f" ({self._why})"
@@ -199,9 +208,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
 
 
 def moved(weights: Sequence[float], losses: Sequence[float], references: Sequence[float]) -> list[float]:
-    """Weights of domains, each multiplied by how far its loss is above its reference, exponentially; they sum to 1."""
+    """Weights of domains, each multiplied by how far its loss is above its reference, exponentially; they sum to 1.
+
+    A little of them is shared out evenly, so that no domain is ever forgotten.
+    """
     new = [
         weight * math.exp(min(max(loss - reference, 0.0), 50.0))
         for weight, loss, reference in zip(weights, losses, references, strict=True)
     ]
-    return [weight / math.fsum(new) for weight in new]
+    return [(1 - SHARED) * weight / math.fsum(new) + SHARED / len(new) for weight in new]

@@ -86,7 +86,7 @@ def test_whatever_would_fail_is_refused_before_a_weight_is_read(
 def test_a_disk_without_room_is_refused_before_a_weight_is_read(recipe, nothing_loads, monkeypatch, tmp_path):
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr("optimum_prune.plan.checks.shutil.disk_usage", lambda folder: usage(0, 0, 1000))
-    with pytest.raises(OutputError, match=r"takes 0\.0 GB, and .* has 0\.0 GB left\. Make room"):
+    with pytest.raises(OutputError, match=r"takes 0\.0 GB on disk, and .* has 0\.0 GB left\. Make room"):
         compress(recipe(Depth(layers=1)), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

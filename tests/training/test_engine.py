@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import copy
+import math
+import os
 import re
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import tiny
 import torch
+from transformers import TrainerCallback, trainer
 
+from optimum_prune.errors import OutputError
+from optimum_prune.machine import processes
 from optimum_prune.machine.progress import Progress
 from optimum_prune.text.windows import Domain, Windows
 from optimum_prune.training import engine
@@ -18,8 +25,10 @@ from optimum_prune.training.engine import latest
 from optimum_prune.training.lesson import Lesson
 from optimum_prune.training.objectives import Imitation, Likelihood
 from optimum_prune.training.predictions import Asked, Precomputed
-from optimum_prune.training.schedule import Schedule
+from optimum_prune.training.schedule import Course, Schedule, rate_share
 from optimum_prune.training.student import Student
+from optimum_prune.training.trackers import FOLDER, written_to
+from optimum_prune.training.watch import moved
 
 SCHEDULE = Schedule(windows=8, at_once=4, steps=20, learning_rate=2e-3)
 
@@ -219,3 +228,72 @@ def test_predictions_are_computed_once(model, lesson, tmp_path, monkeypatch):
     damaged.write_bytes(damaged.read_bytes()[:-10])
     Precomputed(folder, 10, 1.0).compute(lambda: model, lesson, windows_of(lesson), 8)
     assert {file for file, time in files.items() if file.stat().st_mtime_ns != time} == {damaged}
+
+
+@pytest.mark.parametrize("error", [RuntimeError("[enforce fail at inline_container.cc:672]"), OSError(28, "No space")])
+def test_a_state_that_cannot_be_kept_is_a_matter_of_the_disk_and_not_left_there_in_parts(
+    error, model, lesson, monkeypatch
+):
+    def full(self, output_dir):
+        raise error
+
+    monkeypatch.setattr(engine.Trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OutputError, match=r"The state of the training after step 1 cannot be kept in .*training"):
+        train(model, lesson, Likelihood(), replace(SCHEDULE, checkpoint_minutes=0))
+    assert not list(lesson.folder.glob("checkpoint-*"))
+
+
+def test_all_processes_go_by_the_clock_of_the_first(monkeypatch):
+    course = Course(replace(SCHEDULE, steps=None, minutes=2.0))
+    monkeypatch.setattr(processes, "broadcast_from_first", lambda _: 30.0)
+    assert course.part(7) == 0
+    course.look_at_the_clock()
+    assert course.part(7) == 0.25
+    assert course.share(7) == pytest.approx(rate_share(0.25, SCHEDULE.warmup, 0.001))
+
+
+def test_weights_of_domains_move_as_sheared_llama_says():
+    weights, losses, references = [0.6, 0.3, 0.1], [3.0, 2.5, 4.0], [2.0, 2.6, 3.9]
+    grown = [0.6 * math.e, 0.3, 0.1 * math.exp(0.1)]
+    expected = [(1 - 1e-4) * each / sum(grown) + 1e-4 / 3 for each in grown]
+    assert moved(weights, losses, references) == pytest.approx(expected, rel=1e-9)
+    for _ in range(20):
+        weights = moved(weights, [9.0, 1.0, 1.0], [1.0, 1.0, 1.0])
+    assert sum(weights) == pytest.approx(1)
+    assert min(weights) > 3e-5
+
+
+class Board(TrainerCallback):
+    """A tracker."""
+
+    logged: ClassVar[list[tuple[int, dict]]] = []
+
+    def on_log(self, args, state, control, logs, **_):
+        self.logged.append((args.run_name, state.global_step, dict(logs)))
+
+
+def test_a_tracker_is_told_of_each_step_and_of_what_was_held_out(model, lesson, tmp_path, monkeypatch):
+    monkeypatch.setattr(Board, "logged", [])
+    monkeypatch.setattr(
+        trainer, "get_reporting_integration_callbacks", lambda names: [Board] if names == ["wandb"] else []
+    )
+    tracked = replace(lesson, logs=tmp_path / "out.logs/1-distill", update_every=10).with_references(model)
+    found = train(model, tracked, Likelihood(), replace(SCHEDULE, report_to=("wandb",)))
+    assert {name for name, _, _ in Board.logged} == {"out-1-distill"}
+    losses = [(step, logs["loss"], logs["learning_rate"]) for _, step, logs in Board.logged if "loss" in logs]
+    assert losses == [tuple(each) for each in found["losses"]]
+    looks = [[step, logs["held_out_perplexity"]] for _, step, logs in Board.logged if "held_out_perplexity" in logs]
+    assert looks == found["looks"]
+    weights = [(step, logs["weight of one"]) for _, step, logs in Board.logged if "weight of one" in logs]
+    assert weights == [(step, weights[0]) for step, _, weights in found["domains"]["moves"]]
+
+
+@pytest.mark.parametrize("named", [None, "elsewhere"])
+def test_tensorboard_writes_into_a_folder_of_each_start(named, tmp_path, monkeypatch):
+    monkeypatch.delenv(FOLDER, raising=False)
+    if named:
+        monkeypatch.setenv(FOLDER, named)
+    with written_to(tmp_path):
+        place = os.environ[FOLDER]
+    assert place == named if named else Path(place).parent == tmp_path
+    assert os.environ.get(FOLDER) == named

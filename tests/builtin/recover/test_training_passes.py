@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,7 @@ def test_a_run_that_was_killed_while_it_trained_goes_on(step, precompute, recipe
 
 def test_reconstruction_brings_layers_nearer_to_the_dense_model(recipe, tmp_path):
     report = compress(recipe(replace(DEPTH, heal=False), Reconstruct(steps=30)), tmp_path / "out")
+    assert any("blocks came nearer to the dense model" in note for note in report.notes())
     layers = report.passes[-1].plain_evidence()[0]["reconstructed"]
     assert list(layers) == ["0", "1", "2", "3"]
     errors = [block for layer in layers.values() for block in layer.values()]
@@ -185,6 +187,8 @@ def test_the_dense_model_tells_the_references_that_are_not_given(recipe, text_fi
         ({"domains": [{"texts": "a"}]}, "No option of domain 1 of the training text is called 'texts'"),
         ({"update_every": 0}, "at least 1"),
         ({"samples": 0}, "0 windows of the training text"),
+        ({"domains": [{"name": "web"}, {"dataset": "b"}]}, "The domain 'web' names no text"),
+        ({"domains": [{"dataset": "b"}, {"weight": 0.5}]}, "Domain 2 of the training text names no text"),
         ({"domains": [{"dataset": "a", "samples": 0}, {"dataset": "b"}]}, "0 windows of the training text a:train"),
         ([], "name: value"),
     ],
@@ -192,6 +196,13 @@ def test_the_dense_model_tells_the_references_that_are_not_given(recipe, text_fi
 def test_training_texts_that_cannot_be_are_refused(training, why, plugins):
     with pytest.raises(RecipeError, match=why):
         Recipe.from_dict({"passes": ["pretrain"], "training": training}, plugins)
+
+
+def test_a_tracker_that_is_none_or_not_installed_is_refused_before_anything_runs(recipe, tmp_path):
+    with pytest.raises(RecipeError, match=r"report to 'tensorbord', which is no tracker.*tensorboard"):
+        Distill(report_to=("tensorbord",))
+    with pytest.raises(RecipeError, match=r"'distill' needs swanlab, which is not installed here. Run: pip install"):
+        forecast(recipe(DEPTH, Distill(report_to=("swanlab",))))
 
 
 def test_a_text_that_is_too_short_is_refused_before_the_passes(recipe, tmp_path):
@@ -271,25 +282,43 @@ def test_epochs_and_minutes_are_budgets_too(recipe, tmp_path):
     )
 
 
-def test_two_processes_train_as_one_does(checkpoints, text_file, other_text_file, tmp_path):
-    plain = {
-        "model": str(checkpoints("llama")),
-        "device": "cpu",
-        "calibration": {"text": str(text_file), "samples": 8, "length": 16},
-        "evaluation": {"samples": 2},
-        "training": {"text": str(other_text_file), "length": 32},
-        "passes": [{"depth": {"drop": [2]}}, {"distill": SHORT}],
-    }
-    recipe, found = tmp_path / "recipe.yaml", []
-    recipe.write_text(yaml.safe_dump(plain))
-    for count in (1, 2):
-        out = tmp_path / f"out-{count}"
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count] if count > 1 else []
-        command = [sys.executable, *launch, "-m", "optimum_prune", "compress", "run", recipe, "--output", out]
-        ran = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-        assert ran.returncode == 0, ran.stderr
-        found.append([loss for _, loss, _ in trained(Report.read(out))["losses"]])
-    assert found[1] == pytest.approx(found[0], rel=1e-3)
+DYING = """
+import os, signal, sys
+from optimum_prune.cli.main import main
+from optimum_prune.training.watch import Watch
+
+seen = Watch.on_step_end
+
+def die(self, args, state, control, **rest):
+    if state.global_step == int(os.environ["DIES_AT"]) and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return seen(self, args, state, control, **rest)
+
+Watch.on_step_end = die
+sys.exit(main(sys.argv[1:], program="optimum-prune"))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="processes are killed as POSIX does")
+def test_two_processes_train_as_one_does_and_go_on_when_one_was_killed(recipe, tmp_path):
+    wanted = recipe(Osscar(ratio=0.25), Distill(**SHORT, checkpoint_minutes=0))
+    one = trained(compress(wanted, tmp_path / "one"))
+    file, script, out = tmp_path / "recipe.yaml", tmp_path / "dying.py", tmp_path / "two"
+    file.write_text(wanted.to_yaml())
+    script.write_text(DYING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    command += ["compress", "run", str(file), "--output", str(out)]
+    for dies_at, ends in ((7, 1), (0, 0)):
+        environment = {**os.environ, "DIES_AT": str(dies_at)}
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+        assert ran.returncode == ends, ran.stderr
+        kept = f"What was done so far is kept in {out}.unfinished; the same command goes on from there."
+        assert (kept in ran.stderr) == bool(ends), ran.stderr
+    assert "Training goes on from the state in" in ran.stderr
+    two = trained(Report.read(out))
+    assert [step for step, _, _ in two["losses"]] == [step for step, _, _ in one["losses"]]
+    assert [loss for _, loss, _ in two["losses"]] == pytest.approx([loss for _, loss, _ in one["losses"]], rel=1e-3)
+    assert {each.name for each in tmp_path.iterdir()} == {"one", "two", "recipe.yaml", "dying.py"}
 
 
 # What is given in Python, and how it is launched

@@ -1,0 +1,36 @@
+"""Trackers that a training reports to, by the names that transformers has for them."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+TRACKERS: Mapping[str, str] = {
+    "clearml": "clearml",
+    "comet_ml": "comet_ml",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "tensorboard": "tensorboard",
+    "trackio": "trackio",
+    "wandb": "wandb",
+}
+"""Their names, each with the module that it needs, which pip calls the same."""
+PROJECT = "optimum-prune"
+"""Under which trackers put the trainings of all models."""
+FOLDER = "TENSORBOARD_LOGGING_DIR"
+
+
+@contextmanager
+def written_to(folder: Path) -> Iterator[None]:
+    """Lets tensorboard write into a folder for each start of a training within a `with`, unless the environment names another."""
+    if FOLDER in os.environ:
+        yield
+        return
+    os.environ[FOLDER] = str(folder / time.strftime("%Y-%m-%d-%H-%M-%S"))
+    try:
+        yield
+    finally:
+        os.environ.pop(FOLDER, None)
