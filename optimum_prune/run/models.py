@@ -63,7 +63,7 @@ class Models:
         model = self._source.load(self.weights)
         check_resident(model, self._source.name)
         check_rotary(model, self._source.name)
-        if self._teaches and self._source.in_memory:  # it is as it was only now
+        if self._teaches and not self._source.mappable:  # it is as it was only now, or takes long to be read again
             self._teacher = Decoder(sharing_copy(model), self._family)
         decoder = Decoder(model, self._family)
         self.layers = tuple(range(len(decoder)))
@@ -82,7 +82,7 @@ class Models:
             file.check()
 
     def teacher(self) -> Decoder:
-        """The dense model, opened again when it is first asked for: mapped from its files if it can be."""
+        """The dense model, opened again, if it is not kept, when it is first asked for: mapped from its files if it can be."""
         if self._teacher is None:
             weights = MappedWeights(self._folder / "dense") if self._source.mappable else None
             self._teacher = Decoder(self._source.load(weights).requires_grad_(False), self._family)

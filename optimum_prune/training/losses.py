@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from optimum_prune.evaluation.losses import LOGITS_PER_CHUNK
-
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
+
+
+PIECE, LARGE_PIECE = 2**20, 2**24
+"""Logits that are looked at at once: on a CPU few enough that what is computed of them stays in its cache, three times as fast."""
+SMALLEST = 1e-37
+"""Probabilities below count as this."""
 
 
 @dataclass(frozen=True)
@@ -71,25 +75,24 @@ def divergence_of_kept(logits: Float[Tensor, "n v"], kept: Kept, temperature: fl
     """The same of what is kept of a teacher's predictions, whose other tokens count as one."""
 
     def piece(some: Tensor, where: slice) -> tuple[Tensor, Tensor]:
-        mine = (some.float() / temperature).log_softmax(-1)
+        softened = some if temperature == 1 else some.float() / temperature
+        gradient = softened.softmax(-1, dtype=torch.float32)
         its, tokens = kept.log_probabilities[where].float(), kept.tokens[where].long()
-        there = mine.gather(-1, tokens)
-        its_rest, rest = _rest(its), _rest(there)
-        probabilities, others = its.exp(), its_rest.exp()
-        loss = (probabilities * (its - there)).sum() + (others * (its_rest - rest)).sum()
+        own, probabilities = gradient.gather(-1, tokens), its.exp()
+        rest, others = _rest(own), _rest(probabilities)
+        apart = probabilities * (its - own.clamp_min(SMALLEST).log())
+        loss = apart.sum() + (others * (others / rest).log()).sum()
         # The others' likelihood is spread over them as the model itself spreads it.
-        gradient = mine.exp_()
-        own = gradient.gather(-1, tokens)
-        gradient.mul_((1 - others / rest.exp())[:, None])
+        gradient.mul_((1 - others / rest)[:, None])
         gradient.scatter_(-1, tokens, own - probabilities)
-        return loss * temperature**2, gradient.mul_(temperature)
+        return loss * temperature**2, gradient if temperature == 1 else gradient.mul_(temperature)
 
     return _by_pieces(logits, piece)
 
 
-def _rest(log_probabilities: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
-    """The logarithm of what is left of 1."""
-    return torch.log1p(-log_probabilities.exp().sum(-1).clamp(max=1 - 1e-6))
+def _rest(probabilities: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
+    """What is left of 1."""
+    return 1 - probabilities.sum(-1).clamp(max=1 - 1e-6)
 
 
 def relative_error(found: Float[Tensor, "*n h"], wanted: Float[Tensor, "*n h"]) -> Tensor:
@@ -120,7 +123,7 @@ class _ByPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, piece: Piece) -> Tensor:
         gradient, total = torch.empty_like(logits), logits.new_zeros((), dtype=torch.float32)
-        rows = max(1, LOGITS_PER_CHUNK // logits.shape[-1])
+        rows = max(1, (PIECE if logits.device.type == "cpu" else LARGE_PIECE) // logits.shape[-1])
         for start in range(0, len(logits), rows):
             where = slice(start, start + rows)
             loss, gradient[where] = piece(logits[where], where)

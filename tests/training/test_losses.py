@@ -25,7 +25,7 @@ def teacher():
 
 @pytest.fixture(params=[1, 7, 1000])
 def rows_at_once(request, monkeypatch):
-    monkeypatch.setattr(losses, "LOGITS_PER_CHUNK", request.param * VOCABULARY)
+    monkeypatch.setattr(losses, "PIECE", request.param * VOCABULARY)
 
 
 def compare(found, wanted, logits):
