@@ -24,7 +24,7 @@ ONNX := --editable plugins/onnx
 # Fails where anything but the oldest versions of what OPTIMUM_PRUNE_OLDEST names is installed.
 DECLARED := tests/trust/test_declared_versions.py
 
-.PHONY: demo test test-versions check check-plugins lint format readme grid recovery clean
+.PHONY: demo test test-engines test-versions check check-plugins lint format readme grid recovery clean
 
 # The main job on a real model and real text, both from the package registry.
 demo: $(DEMO)/evaluation.txt
@@ -35,10 +35,14 @@ demo: $(DEMO)/evaluation.txt
 test: lint check check-plugins
 
 check: $(VENV)/ready
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
-check-plugins: $(ALL)/ready $(LLM_COMPRESSOR)/ready
-	OPTIMUM_PRUNE_PYTHON_LLM_COMPRESSOR=$(CURDIR)/$(LLM_COMPRESSOR)/bin/python $(ALL)/bin/python -m pytest plugins -n 2 --dist loadfile
+check-plugins: $(ALL)/ready
+	$(ALL)/bin/python -m pytest plugins -n 2
+
+# All of the plugins, with the engines that take minutes.
+test-engines: $(ALL)/ready $(LLM_COMPRESSOR)/ready
+	OPTIMUM_PRUNE_PYTHON_LLM_COMPRESSOR=$(CURDIR)/$(LLM_COMPRESSOR)/bin/python $(ALL)/bin/python -m pytest plugins -m "" -n 2 --dist loadfile
 
 # Tests, conformance and one export, on tiny models. With UV_TORCH_BACKEND=cpu, torch comes without what GPUs need, from its own index.
 test-versions: $(OLDEST)/ready $(OLDEST_EXPORT)/ready $(NEWEST)/ready

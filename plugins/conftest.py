@@ -32,6 +32,19 @@ from optimum_prune.surgery import config, operation
 torch.set_num_threads(1)
 
 
+HEAVY = {"auto-round", "executorch", "gptq", "llm-compressor", "openvino"}
+"""Folders of plugins whose engines take minutes; `make test-engines` runs them."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Tells what runs a heavy engine from what only looks at options and sizes."""
+    for item in items:
+        runs = {"convert", "converted", "quantize"} & set(item.fixturenames)
+        if runs and item.path.parent.parent.name in HEAVY:
+            item.add_marker(pytest.mark.engines)
+
+
 @pytest.fixture(scope="session")
 def plugins():
     """All that is installed."""

@@ -22,6 +22,7 @@ from optimum_prune.builtin.prune.block_pruner import BlockPruner
 from optimum_prune.errors import SurgeryError
 from optimum_prune.testing import pruned
 
+pytestmark = pytest.mark.xdist_group("processes")  # what every case leaves is made once
 TESTS = Path(__file__).parent.parent
 ALONE = [sys.executable]
 TWO, THREE = (

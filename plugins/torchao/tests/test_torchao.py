@@ -99,7 +99,11 @@ def test_settings_of_inductor_are_left_alone(small, convert):
 
 @pytest.mark.parametrize(
     ("step", "exporter"),
-    [(TorchAo(), Onnx()), (TorchAo(group_size=64), OpenVino()), (TorchAo(), ExecuTorch(max_length=48))],
+    [
+        (TorchAo(), Onnx()),
+        pytest.param(TorchAo(group_size=64), OpenVino(), marks=pytest.mark.engines),
+        pytest.param(TorchAo(), ExecuTorch(max_length=48), marks=pytest.mark.engines),
+    ],
     ids=["onnx", "openvino", "executorch"],
 )
 def test_exporters_compute_with_its_weights(exporter, step, small, convert):
