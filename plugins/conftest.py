@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import subprocess
@@ -34,6 +35,12 @@ torch.set_num_threads(1)
 
 HEAVY = {"auto-round", "executorch", "gptq", "llm-compressor", "openvino"}
 """Folders of plugins whose engines take minutes; `make test-engines` runs them."""
+
+
+def pytest_collection_finish():
+    """Lets the garbage collector pass over what is there before any test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -8,7 +8,8 @@ import mmap
 import resource
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -56,6 +57,20 @@ def give_back() -> None:
     gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+@contextmanager
+def passing_over_what_is_there() -> Iterator[None]:
+    """Lets `give_back` look within a `with` at what came since only: to look at all that libraries have imported takes it long, every time."""
+    if gc.get_freeze_count():  # somebody else has seen to that
+        yield
+        return
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def return_large_blocks() -> None:

@@ -98,7 +98,7 @@ class Planner:
         """A pass on the model in memory."""
         with guarded(f"The pass '{step.name}'"):
             cost, offloaded = step.estimate(before, self._work), self._plan.offloads
-        weights = self._weights + (self._plan.teacher_bytes if step.needs_teacher else 0)
+        weights = self._weights + self._plan.teacher_bytes
         if cost is None:
             return Phase(step.name, step.stage.name, after, self._process + weights, None, "at least")
         cost = replace(cost, memory=SCATTERED * cost.memory)

@@ -16,7 +16,7 @@ from optimum_prune.hooks.plugins import Plugins
 from optimum_prune.hooks.plugins import load as load_plugins
 from optimum_prune.machine import interrupts, processes
 from optimum_prune.machine.given_files import named
-from optimum_prune.machine.memory import Meter, give_back
+from optimum_prune.machine.memory import Meter, give_back, passing_over_what_is_there
 from optimum_prune.machine.progress import Progress
 from optimum_prune.plan.checks import check_disk, check_launch, check_texts
 from optimum_prune.plan.plan import Plan, make_plan
@@ -177,7 +177,7 @@ def _carried_out(run: Run, resume: bool) -> Report:
     check_texts(run.texts, run.plan.config)
     check_disk(run.output.folder, room(run.plan))
     report = processes.broadcast_from_first(lambda: run.found(resume))
-    with run.unfinished.errors_say_what_is_kept():
+    with run.unfinished.errors_say_what_is_kept(), passing_over_what_is_there():
         report = report or change_in_memory(run)
         if processes.first():
             with processes.alone():
