@@ -54,7 +54,7 @@ def install(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
     def _install(source, distribution="stranger", point=None):
-        module = f"stranger_module_{next(NUMBERS)}"
+        module = f"stranger_module_{next(NUMBERS):03}"
         (tmp_path / f"{module}.py").write_text(source)
         info = tmp_path / f"{distribution}-1.2.3.dist-info"
         info.mkdir()
