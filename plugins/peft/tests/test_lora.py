@@ -234,7 +234,7 @@ def refused(step, name, tmp_path, zeros=""):
             {"target_modules": ("q_proj", "query")},
             "llama",
             "",
-            r"called 'query', and the model's are called down_proj, .*, q_proj",
+            "called 'query', and the model's are called down_proj, gate_proj, k_proj, o_proj, q_proj, ",
         ),
         ({"lora_dropout": 0.1}, "mixtral", "", "has lora_dropout, which peft does not have for experts"),
         ({"use_dora": True}, "mixtral", "", "has use_dora, which peft does not have for experts"),
