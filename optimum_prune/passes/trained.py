@@ -85,7 +85,7 @@ class TrainedPass(RecoverPass):
     @property
     def needs(self) -> Mapping[str, str]:
         """Trackers too."""
-        return {**self.requires, **{TRACKERS[name]: name for name in self.report_to}}
+        return {**self.requires, **{name: name for name in self.report_to}}
 
     @abstractmethod
     def objective(self, recovery: Recovery, lesson: Lesson, schedule: Schedule) -> Objective:

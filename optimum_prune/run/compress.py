@@ -171,13 +171,14 @@ def _texts(plan: Plan, plugins: Plugins, progress: Progress, given: Texts | None
         return replace(texts, training=TrainingReader(reader, by, recipe.tokens_wanted()).domains(recipe.training))
 
 
+@passing_over_what_is_there()
 def _carried_out(run: Run, resume: bool) -> Report:
     """The report of all passes, those included that an earlier run finished."""
     give_back()  # tokenizing takes much more than tokens do
     check_texts(run.texts, run.plan.config)
     check_disk(run.output.folder, room(run.plan))
     report = processes.broadcast_from_first(lambda: run.found(resume))
-    with run.unfinished.errors_say_what_is_kept(), passing_over_what_is_there():
+    with run.unfinished.errors_say_what_is_kept():
         report = report or change_in_memory(run)
         if processes.first():
             with processes.alone():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +31,9 @@ def write_known(file: Path, plain: Mapping[str, Any]) -> None:
     """Writes JSON, whole or not at all."""
     with whole(file) as partial:
         partial.write_text(json.dumps(plain, indent=2), encoding="utf-8")
+
+
+def as_kept(passes: Sequence[Sequence[Any]]) -> list[Any]:
+    """Passes as they come back from a file."""
+    plain: list[Any] = json.loads(json.dumps([list(step) for step in passes]))
+    return plain

@@ -66,7 +66,7 @@ class Run:
         if processes.size() > processes.here():  # on several machines, which may have no folder in common
             return NoJournal()
         journal = self.unfinished.journal(described(self.recipe.in_memory))
-        if journal is not None and journal.damaged and processes.first():
+        if journal is not None and journal.damaged:
             self.progress.say(
                 f"A part of what is kept in {self.unfinished.folder} is damaged, so what followed on it is computed again."
             )

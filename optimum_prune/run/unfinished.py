@@ -10,7 +10,6 @@ which says of what.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -28,7 +27,7 @@ from optimum_prune.machine.watched_files import WEIGHTS
 from optimum_prune.run.fingerprints import files_fingerprint
 from optimum_prune.run.hidden import discard
 from optimum_prune.run.journal import Journal
-from optimum_prune.run.known import known_in, write_known
+from optimum_prune.run.known import as_kept, known_in, write_known
 from optimum_prune.run.ownership import check_unfinished
 
 STATE = "state.json"
@@ -166,10 +165,7 @@ class Unfinished:
 
     def _changed(self, known: Mapping[str, Any], passes: Passes) -> list[str]:
         """What differs between what is here and what is asked for."""
-        changed = [
-            what for what, value in self.identity.items() if value is None or known["identity"].get(what) != value
-        ]
-        there, wanted = known["passes"], json.loads(json.dumps([list(step) for step in passes]))
+        changed, there, wanted = self._differing(known), known["passes"], as_kept(passes)
         if there != wanted[: len(there)]:
             same = [step[:2] for step in there] == [step[:2] for step in wanted[: len(there)]]
             changed.append("the code of its passes" if same else "the options of its passes")
@@ -177,10 +173,14 @@ class Unfinished:
 
     def _shared(self, begun: Mapping[str, Any], passes: Passes) -> int:
         """How many of these passes are the first of those that a journal is of, and as they were there."""
-        if any(begun["identity"].get(what) != value for what, value in self.identity.items()):
+        if self._differing(begun):
             return 0
-        there, wanted = begun["passes"], json.loads(json.dumps([list(step) for step in passes]))
-        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(there, wanted, strict=False)))
+        pairs = zip(begun["passes"], as_kept(passes), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    def _differing(self, known: Mapping[str, Any]) -> list[str]:
+        """What of the identity differs, beside the passes."""
+        return [what for what, value in self.identity.items() if value is None or known["identity"].get(what) != value]
 
     def save(self, checkpoint: Path, passes: Passes, facts: Mapping[str, Any]) -> Path:
         """Moves a whole checkpoint here, unless it is here, and notes what it is.

@@ -56,7 +56,7 @@ class Schedule:
 class Course:
     """How far a training is: what it has spent of its steps or minutes, those of earlier runs included.
 
-    It goes by the clock of the first process, as it was when all looked at it together.
+    By minutes, it goes by the clock of the first process, as it was when all looked at it together.
     """
 
     def __init__(self, schedule: Schedule) -> None:
@@ -75,8 +75,9 @@ class Course:
         self._began = time.monotonic()
 
     def look_at_the_clock(self) -> None:
-        """Sees what was spent by now, the same in all processes."""
-        self._seen = processes.broadcast_from_first(lambda: self.seconds)
+        """Sees what was spent of the minutes by now, the same in all processes; steps need no clock."""
+        if self._schedule.minutes is not None:
+            self._seen = processes.broadcast_from_first(lambda: self.seconds)
 
     def part(self, step: int) -> float:
         """How much of the training is behind, between 0 and 1, after so many steps."""

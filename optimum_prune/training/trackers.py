@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-TRACKERS: Mapping[str, str] = {
-    "clearml": "clearml",
-    "comet_ml": "comet_ml",
-    "mlflow": "mlflow",
-    "swanlab": "swanlab",
-    "tensorboard": "tensorboard",
-    "trackio": "trackio",
-    "wandb": "wandb",
-}
-"""Their names, each with the module that it needs, which pip calls the same."""
+TRACKERS = ("clearml", "comet_ml", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+"""Their names, which are those of the modules that they need, and what pip calls these."""
 PROJECT = "optimum-prune"
 """Under which trackers put the trainings of all models."""
 FOLDER = "TENSORBOARD_LOGGING_DIR"

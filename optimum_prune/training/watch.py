@@ -90,9 +90,9 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
             self._move_weights(step)
         self._advance(step, part)
         over = part >= 1 or bool(self._why)
-        control.should_training_stop = processes.broadcast_from_first(lambda: over)
         due = time.monotonic() - self._saved > 60 * self._schedule.checkpoint_minutes
-        control.should_save = processes.broadcast_from_first(lambda: due and not over)
+        stops, saves = processes.broadcast_from_first(lambda: (over, due and not over))
+        control.should_training_stop, control.should_save = stops, saves
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Adds to a kept state what its Trainer does not know."""

@@ -138,6 +138,7 @@ def test_a_budget_of_minutes_ends_it(model, lesson):
     found = train(model, lesson, Likelihood(), replace(SCHEDULE, steps=None, minutes=0.02))
     assert found["seconds"] >= 1
     assert found["steps"] >= 1
+    assert found["held_out"]["after"] <= found["held_out"]["before"]
 
 
 @pytest.mark.parametrize("budget", [{}, {"steps": None, "minutes": 0.02}])
