@@ -7,7 +7,7 @@ lies in; whatever cuts, counts, observes or refits them asks the axis.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from math import ceil
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_prune.anatomy.axis import Axis, AxisKind, Member
+from optimum_prune.anatomy.routing import experts_of, weighted_channels
 from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD
 from optimum_prune.errors import FamilyError
 
@@ -99,7 +100,7 @@ def size_of_unit(module: nn.Module, width: int) -> int:
 
 
 def _find_channels(family: Family, layer: nn.Module, config: PreTrainedConfig) -> Axis | None:
-    if _experts_of(family, layer) is not None:
+    if experts_of(family, layer) is not None:
         return None
     where = {"fields": {family.feed_forward.width: 1}, "units_are": "channels of the FFN", "place": "FFN"}
     return _channels(family, layer, family.feed_forward, name="channels", **where)
@@ -120,19 +121,8 @@ def _channels(family: Family, layer: nn.Module, feed_forward: FeedForward, **abo
 # Experts of a mixture
 
 
-def _experts_of(family: Family, layer: nn.Module) -> Experts | None:
-    """What the family says of experts, if the FFN of this layer is a mixture of them."""
-    if family.experts is None:
-        return None
-    try:
-        layer.get_submodule(family.experts.module)
-    except AttributeError:
-        return None
-    return family.experts
-
-
 def _find_expert_channels(family: Family, layer: nn.Module, config: PreTrainedConfig) -> Axis | None:
-    if (experts := _experts_of(family, layer)) is None:
+    if (experts := experts_of(family, layer)) is None:
         return None
     inputs, output = f"{experts.module}.{experts.inputs}", f"{experts.module}.{experts.output}"
     count, _, width = layer.get_parameter(output).shape
@@ -146,27 +136,14 @@ def _find_expert_channels(family: Family, layer: nn.Module, config: PreTrainedCo
         grouped_by="whole_experts",
         chosen=getattr(config, experts.chosen, None) or 1,
         multiple=ROWS_OF_16_BYTES,
-        observed=(experts.module, partial(_routed, experts.inputs)),
+        observed=(experts.module, partial(weighted_channels, experts.inputs)),
         units_are="channels of an expert",
         place="expert",
     )
 
 
-def _routed(
-    inputs: str, experts: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], mask: Tensor
-) -> Iterator[tuple[int, Tensor]]:
-    """The channels' activations of each expert for the tokens that are routed to it, weighted as the router weights them."""
-    hidden, chosen, weights = (*args, *kwargs.values())
-    apply_gate = cast("Callable[[Tensor], Tensor]", experts._apply_gate)
-    counted = mask.flatten().to(hidden.device)
-    for expert, matrix in enumerate(getattr(experts, inputs)):
-        token, place = torch.where((chosen == expert) & counted[:, None])
-        channels = apply_gate(nn.functional.linear(hidden[token], matrix))
-        yield expert, channels.float() * weights[token, place, None].float()
-
-
 def _find_shared_channels(family: Family, layer: nn.Module, config: PreTrainedConfig) -> Axis | None:
-    if (experts := _experts_of(family, layer)) is None or experts.shared is None:
+    if (experts := experts_of(family, layer)) is None or experts.shared is None:
         return None
     width = layer.get_parameter(f"{experts.module}.{experts.output}").shape[2]
     times = family.linear(layer, experts.shared.output).weight.shape[1] // width
@@ -175,7 +152,7 @@ def _find_shared_channels(family: Family, layer: nn.Module, config: PreTrainedCo
 
 
 def _find_whole_experts(family: Family, layer: nn.Module, config: PreTrainedConfig) -> Axis | None:
-    if (experts := _experts_of(family, layer)) is None:
+    if (experts := experts_of(family, layer)) is None:
         return None
     parts = {path: family.module(layer, path) for path in (experts.module, experts.router)}
     members = tuple(

@@ -122,6 +122,27 @@ class Gram:
         return whole
 
 
+class SquaredNorms:
+    """`||X_j||^2` of each feature of the activations at one place, summed over tokens, and when it is read, over processes; float64."""
+
+    def __init__(self, features: int, device: torch.device) -> None:
+        self._solving = solving_device(device)
+        self._sum = torch.zeros(features + 1, dtype=torch.float64, device=self._solving)  # the last counts tokens
+        self._summed = False
+
+    def add(self, activations: Float[Tensor, "tokens features"]) -> None:
+        """Adds these rows."""
+        self._sum[:-1] += activations.float().square().sum(0).to(self._solving)
+        self._sum[-1] += len(activations)
+
+    @property
+    def value(self) -> Float[Tensor, " features"]:
+        """The sums so far."""
+        if not self._summed:
+            self._summed, self._sum = True, processes.all_sum(self._sum)
+        return self._sum[:-1]
+
+
 class Cross:
     """`X'E` of activations and of what is lacking elsewhere, summed over tokens, and when it is read, over processes."""
 

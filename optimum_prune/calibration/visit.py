@@ -20,8 +20,13 @@ from optimum_prune.machine.activation_store import ActivationStore, InMemory
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+    from torch.utils.hooks import RemovableHandle
 
     from optimum_prune.anatomy.decoder import DecoderLayer
+
+
+Hearer = Callable[[Batch, nn.Module, tuple[Any, ...], Mapping[str, Any]], None]
+"""Is told of a call of a module: the windows, the module, and the arguments."""
 
 
 class _Reached(Exception):
@@ -72,6 +77,25 @@ class LayerVisit:
                 self._run(position)
         return of_axes
 
+    @torch.no_grad()
+    def listen(self, heard: Sequence[tuple[str, Hearer]], batches: int | None = None) -> None:
+        """Runs the layer as it is, and lets the calls of some of its modules be heard: each by its path.
+
+        Args:
+            batches: only so many, of this process.
+        """
+        with ExitStack() as stack:
+            for path, hear in heard:
+                stack.callback(self._call(path, hear).remove)
+            for position in range(len(self.stream[:batches])):
+                self._run(position, remember=False)
+
+    def _call(self, path: str, hear: Hearer) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            hear(self._batch, module, args, kwargs)
+
+        return self.layer.part(path).register_forward_pre_hook(hook, with_kwargs=True)
+
     def gram(self, axis: Axis) -> Gram:
         """The gram of an axis that has no groups."""
         ((gram,),) = self.grams(axis)
@@ -85,14 +109,14 @@ class LayerVisit:
         """Adds whatever reaches an axis's output to grams, until the stack is left."""
         path, read = axis.observed or (axis.output.rpartition(".")[0], None)
 
-        def hear(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        def hear(batch: Batch, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if read is None:
-                grams[0].add(self._batch.unpadded(args[0]))
+                grams[0].add(batch.unpadded(args[0]))
                 return
-            for group, rows in read(module, args, kwargs, self._batch.mask):
+            for group, rows in read(module, args, kwargs, batch.mask):
                 grams[group].add(rows)
 
-        stack.callback(self.layer.part(path).register_forward_pre_hook(hear, with_kwargs=True).remove)
+        stack.callback(self._call(path, hear).remove)
 
     def _observe(self, axis: Axis, add: Callable[[Tensor], None]) -> None:
         """Observes the inputs of an axis's output, and keeps them if its block ends there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -11,6 +11,31 @@ from optimum_prune.anatomy.shape import AxisShape, LayerShape, Shape
 from optimum_prune.errors import RecipeError
 
 LARGEST_MULTIPLE = 64
+
+
+def check_named_once(step: str, protect: Sequence[int]) -> None:
+    """Refuses layers to protect that are named twice, or counted from the end.
+
+    Raises:
+        RecipeError: naming the pass.
+    """
+    if len(set(protect)) < len(protect) or any(index < 0 for index in protect):
+        raise RecipeError(f"{step} is to protect the layers {list(protect)}. Name each once, counted from 0.")
+
+
+def check_protected(step: str, protect: Collection[int], shape: Shape) -> None:
+    """Refuses layers to protect that are not there, or that are all there are.
+
+    Raises:
+        RecipeError: naming the pass.
+    """
+    unknown = [index for index in protect if index >= len(shape.layers)]
+    if unknown:
+        raise RecipeError(
+            f"{step} is to protect the layer {unknown[0]}, but there are only 0 to {len(shape.layers) - 1}."
+        )
+    if len(protect) == len(shape.layers):
+        raise RecipeError(f"{step} is to protect every layer, so there is nothing to prune. Leave some out.")
 
 
 @dataclass(frozen=True)

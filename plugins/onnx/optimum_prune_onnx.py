@@ -76,9 +76,11 @@ class Onnx(FolderPass):
         with isolated(silent=True):
             from transformers.exporters import OnnxConfig, OnnxExporter
 
+            exporter = OnnxExporter()  # which says that it is experimental
+
         model = open_to_export(job, self.dtype)
         quantizer = _int8(model.config.get_text_config().hidden_size) if self.quantize == "int8" else None
-        export(OnnxExporter(), trace(model), OnnxConfig(quantizer=quantizer)).save_pretrained(job.target)
+        export(exporter, trace(model), OnnxConfig(quantizer=quantizer)).save_pretrained(job.target)
         _forget_traces(job.target / "model.onnx")
         add_companions(job, EXAMPLE)
         return {"dtype": self.dtype, "quantize": self.quantize}

@@ -28,7 +28,7 @@ from optimum_prune.passes.prune import PrunePass
 from optimum_prune.refit.narrowing import Narrowing
 from optimum_prune.selection.budget import Measured, allocate
 from optimum_prune.selection.divergence import Divergence, split, trial_cost, trial_workloads
-from optimum_prune.selection.targets import Target
+from optimum_prune.selection.targets import Target, check_named_once, check_protected
 from optimum_prune.surgery.cuts import Decision
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ class Osscar(PrunePass):
             raise RecipeError(
                 "osscar has allocation 'global' and no channels to remove. Give 'ratio' or 'params' too."
             )
-        if len(set(self.protect)) < len(self.protect) or any(index < 0 for index in self.protect):
-            raise RecipeError(f"osscar is to protect the layers {list(self.protect)}. Name each once, counted from 0.")
+        check_named_once(self.name, self.protect)
 
     @property
     def _narrowing(self) -> Narrowing:
@@ -114,13 +113,7 @@ class Osscar(PrunePass):
     # What there will be
 
     def foresee(self, shape: Shape) -> Shape:
-        unknown = [index for index in self.protect if index >= len(shape.layers)]
-        if unknown:
-            raise RecipeError(
-                f"osscar is to protect the layer {unknown[0]}, but there are only 0 to {len(shape.layers) - 1}."
-            )
-        if len(self.protect) == len(shape.layers):
-            raise RecipeError("osscar is to protect every layer, so there is nothing to prune. Leave some out.")
+        check_protected(self.name, self.protect, shape)
         fewer, inner = self._with_fewer_whole_units(shape), self._target(FEED_FORWARD)
         if self.ratio is not None:
             found = inner.narrowed(fewer, self.ratio)
