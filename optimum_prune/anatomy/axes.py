@@ -167,6 +167,7 @@ def _find_whole_experts(family: Family, layer: nn.Module, config: PreTrainedConf
         members=members,
         fields={experts.count: 1},
         possible=_possible_experts(experts, config, count),
+        parts=getattr(config, experts.router_groups, None) or 1,
         units_are="experts",
         place="mixture",
     )

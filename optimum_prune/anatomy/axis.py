@@ -69,6 +69,8 @@ class Axis:
     """The numbers of units that a config can say, if it cannot say them all."""
     multiple: int = 1
     """Kernels take no number of units but multiples of this."""
+    parts: int = 1
+    """Into how many parts of one length its units are divided, each of which is to keep as many."""
     follows: str = ""
     """The axis with which this one is cut, since the same field of the config counts both; none if it stands for itself."""
     times: int = 1

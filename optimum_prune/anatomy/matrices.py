@@ -1,15 +1,15 @@
-"""The matrices of a decoder layer that hidden states are multiplied by, and how to see what reaches each."""
+"""The matrices of a decoder layer that hidden states are multiplied by, and how to see what reaches each; and what experts put out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 
-from optimum_prune.anatomy.routing import channels, experts_of, hidden_states
+from optimum_prune.anatomy.routing import channels, experts_of, hidden_states, outputs
 
 if TYPE_CHECKING:
     from optimum_prune.anatomy.axis import Observer
@@ -46,3 +46,19 @@ def _matrices(layer: DecoderLayer) -> Iterator[Matrix]:
         where = experts.module
         yield Matrix(f"{where}.{experts.inputs}", where, hidden_states)
         yield Matrix(f"{where}.{experts.output}", where, partial(channels, experts.inputs))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The mixture of experts that is the FFN of a decoder layer."""
+
+    module: str
+    """The path of the module that holds them, from the layer."""
+    outputs: Callable[..., Iterator[tuple[int, Tensor, Tensor]]]
+    """From a call of it: of each expert, what it makes of the tokens that are routed to it, and how the router weights that."""
+
+
+def mixture_of(layer: DecoderLayer) -> Mixture | None:
+    """That of a decoder layer, if it has one."""
+    experts = experts_of(layer.family, layer.module)
+    return None if experts is None else Mixture(experts.module, partial(outputs, experts.inputs, experts.output))

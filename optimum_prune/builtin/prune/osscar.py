@@ -11,13 +11,13 @@ and the bias takes over the mean of what is lost.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import repeat
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, FEED_FORWARD, AxisShape, LayerShape, Shape
+from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, FEED_FORWARD, LayerShape, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.stream import walk_cost
 from optimum_prune.errors import RecipeError
@@ -27,7 +27,8 @@ from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
 from optimum_prune.refit.narrowing import Narrowing
 from optimum_prune.selection.budget import Measured, allocate
-from optimum_prune.selection.divergence import Divergence, split, trial_cost, trial_workloads
+from optimum_prune.selection.divergence import trial_cost, trial_workloads
+from optimum_prune.selection.measuring import Trial, measure_layers, told
 from optimum_prune.selection.targets import Target, check_named_once, check_protected
 from optimum_prune.surgery.cuts import Decision
 
@@ -164,13 +165,11 @@ class Osscar(PrunePass):
         uniform = self.foresee(shape)
         targets = uniform.layers
         if self.allocation == "global":
-            measured = self._measured(decoder, calibration, shape, uniform)
+            layers = zip(shape.layers, uniform.layers, strict=True)
+            trials = {index: list(self._trials(index, *pair)) for index, pair in enumerate(layers)}
+            measured = measure_layers(decoder, calibration, trials, self._narrowing.decisions)
             targets = self._allocated(shape, uniform, measured)
-            costs = [
-                {layer.axis_named(part.axis).size: dict(part.costs) for part in parts}
-                for layer, parts in zip(shape.layers, measured, strict=True)
-            ]
-            yield Decision(evidence={"nats_per_token_if_narrowed_alone": dict(enumerate(costs))})
+            yield Decision(evidence=told(shape, measured))
         visits = calibration.walk(decoder, "OSSCAR, layer by layer")
         dense = calibration.quiet().walk(decoder, "") if self._narrowing.correction else repeat(None)
         changed = False
@@ -220,63 +219,16 @@ class Osscar(PrunePass):
         wanted = uniform.parameters if self.params is None else round(self.params * shape.parameters)
         return tuple(allocate(fewer.layers, measured, fewer.parameters - wanted))
 
-    def _measured(
-        self, decoder: Decoder, calibration: Calibration, shape: Shape, uniform: Shape
-    ) -> list[list[Measured]]:
-        """What it costs the model to narrow each axis of each layer alone."""
-        layers = zip(shape.layers, uniform.layers, strict=True)
-        trials = {index: list(self._trials(index, *pair)) for index, pair in enumerate(layers)}
-        losses = calibration.once("costs", lambda: self._losses(decoder, calibration, trials))
-        measured = []
-        for layer, of_layer, found in zip(shape.layers, trials.values(), losses, strict=True):
-            costs = []
-            for trial, each in zip(of_layer, found, strict=True):
-                known = zip((trial.axis.units, *trial.sizes), (0.0, *each), strict=True)
-                parameters = layer.per_unit(trial.axis.name)
-                costs.append(Measured(trial.axis.name, tuple(known), trial.multiple, parameters))
-            measured.append(costs)
-        return measured
-
-    def _losses(
-        self, decoder: Decoder, calibration: Calibration, trials: Mapping[int, Sequence[_Trial]]
-    ) -> list[list[list[float]]]:
-        """Of each layer, for each axis of it that may be narrowed, what each size costs the model."""
-        fitted, held_out = (calibration.on(windows) for windows in split(calibration.windows))
-        divergence = Divergence(decoder, held_out)
-
-        def measure(visit: LayerVisit, probe: LayerVisit) -> list[list[float]]:
-            return [
-                divergence.of(probe, self._narrowing.decisions(visit, trial.axis.name, trial.sizes))
-                for trial in trials[visit.index]
-            ]
-
-        visits = fitted.walk(decoder, "Measuring what narrowing a layer costs")
-        probes = held_out.quiet().walk(decoder, "")
-        return [
-            calibration.once(f"costs of layer {visit.index}", partial(measure, visit, probe))
-            for visit, probe in zip(visits, probes, strict=True)
-        ]
-
-    def _trials(self, index: int, layer: LayerShape, uniform: LayerShape) -> Iterator[_Trial]:
+    def _trials(self, index: int, layer: LayerShape, uniform: LayerShape) -> Iterator[Trial]:
         """Which axes of a layer may be narrowed, and at which sizes they are measured."""
         if index in self.protect:
             return
         for axis in layer.within(ATTENTION) if self.head_ratio is None else ():
             if axis.fewer:
-                yield _Trial(axis, (axis.fewer[-1],), None)
+                yield Trial(axis, (axis.fewer[-1],), None)
         inner = self._target(FEED_FORWARD)
         for axis in layer.within(FEED_FORWARD):
-            yield _Trial(axis, inner.trials(axis, uniform.units(axis.name)), inner.multiple(axis))
-
-
-class _Trial(NamedTuple):
-    """An axis of a layer that may be narrowed."""
-
-    axis: AxisShape
-    sizes: tuple[int, ...]
-    """To be measured, from large to small."""
-    multiple: int | None
-    """Sizes are multiples of this; None if nothing between those that are measured is possible."""
+            yield Trial(axis, inner.trials(axis, uniform.units(axis.name)), inner.multiple(axis))
 
 
 @hookimpl

@@ -1,0 +1,244 @@
+"""Whole experts of a mixture leave: those that its output needs least, with the router's rows for them.
+
+`score` tells how much an expert matters, over the calibration tokens that are routed to it, layer by layer on the stream of the layers
+already pruned; the lowest go:
+
+- `reap`: the mean of the router's weight times the norm of the expert's output (REAP, Lasby et al., arXiv 2510.13999). Where the router
+  normalises the weights of those it chose, that is the weight afterwards.
+- `frequency`: how many tokens are routed to it.
+- `mean_output`: how badly its mean output would stand for it: the fraction of tokens times the variance of its outputs (MoNE, arXiv
+  2507.00390). The mean itself is nowhere put in its place, since experts have no bias to hold it in these architectures.
+
+Tokens then go to the next best of those that stay. Where the router divides experts into groups, as many stay of each.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from optimum_prune.anatomy.matrices import mixture_of
+from optimum_prune.anatomy.shape import AxisShape, LayerShape, Shape
+from optimum_prune.anatomy.workload import Cost, Workload
+from optimum_prune.calibration.statistics import solving_device
+from optimum_prune.calibration.stream import walk_cost
+from optimum_prune.errors import RecipeError
+from optimum_prune.hooks.marker import hookimpl
+from optimum_prune.machine import processes
+from optimum_prune.options import option
+from optimum_prune.passes.base import Pass
+from optimum_prune.passes.prune import PrunePass
+from optimum_prune.selection.budget import allocate
+from optimum_prune.selection.divergence import trial_cost, trial_workloads
+from optimum_prune.selection.measuring import Trial, measure_layers, told
+from optimum_prune.selection.targets import check_named_once, check_protected
+from optimum_prune.surgery.cuts import NOTE, Cuts, Decision
+
+if TYPE_CHECKING:
+    from optimum_prune.anatomy.decoder import Decoder
+    from optimum_prune.calibration.calibration import Calibration
+    from optimum_prune.calibration.stream import Batch
+    from optimum_prune.calibration.visit import LayerVisit
+
+AXIS = "whole_experts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertPruner(PrunePass):
+    """Leaves out whole experts of mixtures, those whose output weighs least, and the router's rows for them."""
+
+    name: ClassVar[str] = "experts"
+    ratio: float | None = option(
+        "Fraction of the experts of each layer to remove, between 0 and 1.", None, above=0, below=1
+    )
+    keep: int | None = option("The same, as how many of each layer stay.", None, at_least=1)
+    score: Literal["reap", "frequency", "mean_output"] = option("What tells how much an expert matters.", "reap")
+    allocation: Literal["uniform", "global"] = option(
+        "As many from every layer, or from each those that hurt the model least: layers then differ.", "uniform"
+    )
+    protect: tuple[int, ...] = option("Layers to leave as they are.", ())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.ratio is None) == (self.keep is None):
+            raise RecipeError(
+                "experts needs one of 'ratio', the fraction of the experts to remove, and 'keep', how many stay."
+            )
+        check_named_once(self.name, self.protect)
+
+    # What there will be
+
+    def foresee(self, shape: Shape) -> Shape:
+        check_protected(self.name, self.protect, shape)
+        mixed = [index for index, layer in enumerate(shape.layers) if layer.units(AXIS) and index not in self.protect]
+        if not mixed:
+            where = "none but protected layers has any" if self.protect else "no layer of this model has any"
+            raise RecipeError(f"experts is to remove experts, and {where}. Use a pass for channels, heads or layers.")
+        layers = (
+            layer.narrowed({AXIS: self._kept(layer.axis_named(AXIS))}) if index in mixed else layer
+            for index, layer in enumerate(shape.layers)
+        )
+        found = replace(shape, layers=tuple(layers))
+        if self.allocation == "uniform":
+            return found
+        counts = [count for index in mixed for count in (*_axis(shape, index).fewer, _axis(shape, index).units)]
+        return replace(found, searched={AXIS: math.gcd(*counts)})
+
+    def _kept(self, axis: AxisShape) -> int:
+        wanted = self.keep if self.keep is not None else round(axis.units * (1 - (self.ratio or 0)))
+        if wanted in axis.fewer:
+            return wanted
+        asked = f"keep {self.keep}" if self.keep is not None else f"ratio {self.ratio}, which keeps {wanted}"
+        allowed = f"from {axis.fewer[0]} to {axis.fewer[-1]} may be" if axis.fewer else "all are needed"
+        step = (
+            ""
+            if len(axis.fewer) < 2 or axis.fewer[1] - axis.fewer[0] == 1
+            else f", by {axis.fewer[1] - axis.fewer[0]}"
+        )
+        raise RecipeError(
+            f"experts has {asked} of {axis.units} experts, of which {allowed}{step}, since a token goes through some of them. Choose another."
+        )
+
+    def estimate(self, shape: Shape, work: Workload) -> Cost:
+        pairs = list(zip(shape.layers, self.foresee(shape).layers, strict=True))
+        seen = [_seeing_cost(work, before) for before, after in pairs if before != after]
+        walk = walk_cost(work, shape).followed_by(*(cost.with_memory(work.stored_states()) for cost in seen))
+        if self.allocation == "uniform":
+            return walk
+        fitted, few = trial_workloads(work)
+        trials = [
+            trial_cost(
+                fitted,
+                few,
+                shape,
+                index,
+                [(_seeing_cost(fitted, layer), len(trial.sizes)) for trial in self._trials(index, *pair)],
+            )
+            for index, pair in enumerate(pairs)
+            for layer in pair[:1]
+        ]
+        return Cost().followed_by(*trials).with_memory(work.stored_states() + few.states(6)).followed_by(walk)
+
+    # Deciding
+
+    def decide(self, decoder: Decoder, calibration: Calibration) -> Iterator[Decision]:
+        shape = decoder.shape()
+        foreseen = self.foresee(shape)
+        targets = foreseen.layers
+        if self.allocation == "global":
+            pairs = zip(shape.layers, foreseen.layers, strict=True)
+            trials = {index: list(self._trials(index, *pair)) for index, pair in enumerate(pairs)}
+            measured = measure_layers(decoder, calibration, trials, self._decisions)
+            targets = tuple(allocate(shape.layers, measured, shape.parameters - foreseen.parameters))
+            yield Decision(evidence=told(shape, measured))
+        unseen = 0
+        for visit in calibration.walk(decoder, "Experts, layer by layer"):
+            keep = targets[visit.index].units(AXIS)
+            if keep == shape.layers[visit.index].units(AXIS):
+                continue
+            decision = calibration.once(f"layer {visit.index}", partial(self._decision, visit, keep))
+            unseen += list(decision.evidence["tokens"]).count(0)
+            yield decision
+        if unseen:
+            yield Decision(
+                evidence={
+                    NOTE: f"no token was routed to {unseen} experts, which nothing is known of; more text tells more"
+                }
+            )
+
+    def _trials(self, index: int, layer: LayerShape, uniform: LayerShape) -> Iterator[Trial]:
+        """At which numbers of experts a layer is measured: one in three steps from all to the fewest."""
+        if index in self.protect or not layer.units(AXIS):
+            return
+        axis = layer.axis_named(AXIS)
+        worth = [count for count in axis.fewer if count >= uniform.units(AXIS) / 2]
+        sizes = {worth[0], worth[len(worth) // 2], uniform.units(AXIS)}
+        yield Trial(axis, tuple(sorted(sizes, reverse=True)), math.gcd(*axis.fewer, axis.units))
+
+    def _decision(self, visit: LayerVisit, keep: int) -> Decision:
+        (decision,) = self._decisions(visit, AXIS, (keep,))
+        return decision
+
+    def _decisions(self, visit: LayerVisit, _: str, counts: Sequence[int]) -> list[Decision]:
+        """How each of some numbers of experts would be reached."""
+        seen, parts = _seen(visit), visit.layer.axes[AXIS].parts
+        scores = seen.scores(self.score)
+        evidence = {"layer": visit.index, "scores": scores.tolist(), "tokens": seen.tokens.int().tolist()}
+        return [
+            Decision(
+                Cuts.along(AXIS, {visit.index: _highest(scores, count, parts)}),
+                evidence={"experts": count, **evidence},
+            )
+            for count in counts
+        ]
+
+
+def _axis(shape: Shape, index: int) -> AxisShape:
+    return shape.layers[index].axis_named(AXIS)
+
+
+def _highest(scores: Tensor, keep: int, parts: int) -> tuple[int, ...]:
+    """The experts with the highest scores, as many of each part; of those that are alike, the first."""
+    size = len(scores) // parts
+    chosen = scores.view(parts, size).sort(dim=1, descending=True, stable=True).indices[:, : keep // parts]
+    return tuple(sorted((chosen + size * torch.arange(parts)[:, None]).flatten().tolist()))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What is known of the experts of a layer, float64."""
+
+    tokens: Tensor
+    """That are routed to each."""
+    weighted: Tensor
+    """The norms of its outputs, weighted as the router weights them, summed over these."""
+    squares: Tensor
+    """The squares of these norms, unweighted, summed."""
+    outputs: Tensor
+    """Its outputs, summed, with shape (experts, hidden)."""
+
+    def scores(self, score: str) -> Tensor:
+        """How much each matters; 0 for one that no token was routed to."""
+        count = self.tokens.clamp(min=1)
+        if score == "reap":
+            return self.weighted / count
+        if score == "frequency":
+            return self.tokens / self.tokens.sum().clamp(min=1)
+        variance = self.squares / count - (self.outputs / count[:, None]).square().sum(1)
+        return self.tokens / self.tokens.sum().clamp(min=1) * variance.clamp(min=0)
+
+
+def _seen(visit: LayerVisit) -> _Seen:
+    """Runs a layer as it is, and looks at what each of its experts puts out."""
+    mixture, axis = mixture_of(visit.layer), visit.layer.axes[AXIS]
+    assert mixture is not None
+    count, hidden = axis.units, visit.layer.config.hidden_size
+    found = torch.zeros(count, hidden + 3, dtype=torch.float64)
+
+    def hear(batch: Batch, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        for number, made, weights in mixture.outputs(module, args, kwargs, batch.mask):
+            outputs = made.float()
+            norms = outputs.norm(dim=1)
+            about = torch.stack([norms.new_tensor(float(len(norms))), (weights * norms).sum(), norms.square().sum()])
+            summed = torch.cat([about, outputs.sum(0)])
+            found[number] += summed.to(solving_device(summed.device)).double().cpu()
+
+    visit.listen([(mixture.module, hear)])
+    tokens, weighted, squares, *_ = (summed := processes.all_sum(found)).unbind(1)
+    return _Seen(tokens, weighted, squares, summed[:, 3:])
+
+
+def _seeing_cost(work: Workload, layer: LayerShape) -> Cost:
+    """The layer runs, and its experts once more."""
+    return work.run(layer, work.tokens, 2)
+
+
+@hookimpl
+def passes() -> Iterator[type[Pass]]:
+    yield ExpertPruner
