@@ -1,6 +1,6 @@
 """What recovery brings back: a model without layers, recovered by each method on the same tokens, judged on texts that none was trained on.
 
-    python examples/benchmarks/recovery.py MODEL CALIBRATION_TEXT TRAINING_TEXT WORK TEXT [TEXT ...] [--tokens 131072] [--readme README.md]
+    python examples/benchmarks/recovery.py MODEL CALIBRATION_TEXT TRAINING_TEXT WORK TEXT [TEXT ...] [--tokens 131072] [--dtype bfloat16] [--readme README.md]
 
 Every recipe runs in a process of its own; what is finished in WORK is not run again. Perplexities are of windows of 256 tokens; under
 each is its part of that of the model that was only pruned. Seconds and memory are those of the passes that recover.
@@ -47,8 +47,8 @@ def recovered(name: str, passes: list, options: argparse.Namespace) -> Path:
     output = options.work / name.replace(", ", "-")
     if not (output / "compression").is_dir():
         recipe = {
-            "dtype": "bfloat16",
-            "calibration": {"samples": 128, "length": 512},
+            "dtype": options.dtype,
+            "calibration": {"samples": 64, "length": 512},
             "evaluation": {"samples": 0},
             "training": {"text": str(options.training), "length": 256},
             "passes": [{"depth": {"drop": DROPPED}}, *passes],
@@ -61,7 +61,7 @@ def recovered(name: str, passes: list, options: argparse.Namespace) -> Path:
 
 def perplexities(model: Path, options: argparse.Namespace) -> list[float]:
     """Of a model, on each of the texts."""
-    flags = ["--samples", 200, "--length", 256, "--dtype", "bfloat16", "--json"]
+    flags = ["--samples", 100, "--length", 256, "--dtype", options.dtype, "--json"]
     return [json.loads(run(["evaluate", model, "--text", text, *flags]))["perplexity"] for text in options.texts]
 
 
@@ -94,6 +94,7 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("texts", nargs="+")
     parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--dtype", default="bfloat16", help="float32 is faster on CPUs without tiles for bfloat16")
     parser.add_argument("--readme", type=Path)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)

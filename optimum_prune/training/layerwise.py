@@ -34,6 +34,8 @@ LOOKS = 5
 WARMUP = 0.1
 """Of the steps, the part in which the learning rate grows."""
 BETAS = (0.9, 0.95)
+FUSED = ("cpu", "cuda")
+"""Devices on which a step of AdamW needs no memory besides its averages."""
 
 Weights = Mapping[str, Tensor]
 """By their paths from the layer."""
@@ -56,7 +58,7 @@ class Taught:
     """A block that was trained."""
 
     weights: Weights
-    """Of its parameters, in float32; none where it is best as it was."""
+    """Of its parameters, in their own dtype; none where it is best as it was."""
     rate: float
     before: float
     """The error on the batches that it was not trained on."""
@@ -71,11 +73,14 @@ def teach(visit: LayerVisit, block: str, goals: Sequence[Float[Tensor, "w t h"]]
     if before <= NOTHING:
         return Taught({}, 0.0, before, before)
     rate = lesson.best_rate(start) if teaching.rate is None else teaching.rate
-    best, after = {}, before
+    best: Weights = {}
+    after = before
+    dtypes = {name: value.dtype for name, value in visit.layer.module.named_parameters()}
     for weights in lesson.training(start, rate, teaching.steps, looks=LOOKS):
         error = lesson.error(weights)
         if error < after:
-            best, after = {name: value.detach().clone() for name, value in weights.items()}, error
+            best = {}  # before the next: it is as large as what is trained
+            best, after = {name: value.detach().to(dtypes[name], copy=True) for name, value in weights.items()}, error
     return Taught(best, rate, before, after)
 
 
@@ -97,17 +102,15 @@ class _Lesson:
     def parameters(self) -> dict[str, Tensor]:
         """Copies of the weights through which the block acts, in float32."""
         every = {
-            name: value.detach().float().clone().requires_grad_()
+            name: value.detach().requires_grad_()
             for name, value in self._visit.layer.module.named_parameters()
             if value.is_floating_point()
         }
         loss = self._loss(every, self._taught[0])
-        found = torch.autograd.grad(loss, list(every.values()), allow_unused=True)
-        return {
-            name: value.detach()
-            for (name, value), gradient in zip(every.items(), found, strict=True)
-            if gradient is not None
-        }
+        gradients = torch.autograd.grad(loss, list(every.values()), allow_unused=True)
+        acting = [name for name, gradient in zip(every, gradients, strict=True) if gradient is not None]
+        del gradients, loss  # before there are copies
+        return {name: every[name].detach().float().clone() for name in acting}
 
     @torch.no_grad()
     def error(self, weights: Weights) -> float:
@@ -120,14 +123,16 @@ class _Lesson:
         """Of the learning rates, the one that leaves the smallest error after a few steps."""
         steps, tried = max(1, int(TRIED * self._teaching.steps)), {}
         for rate in RATES:
-            *_, weights = self.training(start, rate, steps, looks=1)
+            copies = {name: value.clone() for name, value in start.items()}
+            *_, weights = self.training(copies, rate, steps, looks=1)
             tried[rate] = self.error(weights)
         return min(tried, key=lambda rate: tried[rate] if math.isfinite(tried[rate]) else math.inf)
 
     def training(self, start: Weights, rate: float, steps: int, looks: int) -> Iterator[Weights]:
-        """Trains in so many steps, and yields the weights so many times, at last at the end."""
-        weights = {name: value.clone().requires_grad_() for name, value in start.items()}
-        optimizer = torch.optim.AdamW(weights.values(), lr=rate, betas=BETAS, weight_decay=0.0)
+        """Trains in so many steps, in place, and yields the weights so many times, at last at the end."""
+        weights = {name: value.requires_grad_() for name, value in start.items()}
+        fused = all(value.device.type in FUSED for value in weights.values())
+        optimizer = torch.optim.AdamW(weights.values(), lr=rate, betas=BETAS, weight_decay=0.0, fused=fused)
         warmup = max(1, int(WARMUP * steps)) / steps
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: rate_share(step / steps, warmup, 1 / steps)

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from optimum_prune.machine import processes, tensor_files
+from optimum_prune.machine.products import bfloat16_is_fast
 from optimum_prune.machine.whole_files import whole
 
 if TYPE_CHECKING:
@@ -64,8 +65,9 @@ class Student:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Products are computed in bfloat16 within a `with`, if the model's own dtype is that."""
-        half = self._dtype is torch.bfloat16
+        """Products are computed in bfloat16 within a `with`, if the model's own dtype is that, unless this is slower and no weight asks for it."""
+        asked = any(value.dtype is torch.bfloat16 for value in self.model.parameters())
+        half = self._dtype is torch.bfloat16 and (asked or bfloat16_is_fast(self.model.device))
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=half):
             yield
 
