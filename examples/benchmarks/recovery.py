@@ -25,8 +25,8 @@ def recipes(tokens: int) -> dict[str, list]:
     budget = {"tokens": tokens, "batch": 2048}
     each = {name: {name: budget} for name in ("lora", "pretrain", "distill")}
     alone = {name: [step] for name, step in each.items()}
-    after = {f"reconstruct, {name}": [{"reconstruct": {}}, step] for name, step in each.items()}
-    return {"none": [], "reconstruct": [{"reconstruct": {}}], **alone, **after}
+    both = {"reconstruct, distill": [{"reconstruct": {}}, each["distill"]]}
+    return {"none": [], **alone, "reconstruct": [{"reconstruct": {}}], **both}
 
 
 def run(command: list) -> str:

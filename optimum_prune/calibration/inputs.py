@@ -14,7 +14,7 @@ from optimum_prune.machine import processes
 if TYPE_CHECKING:
     from optimum_prune.anatomy.matrices import Matrix
     from optimum_prune.calibration.stream import Batch
-    from optimum_prune.calibration.visit import LayerVisit
+    from optimum_prune.calibration.visit import Hearer, LayerVisit
 
 
 class Statistic(Protocol):
@@ -44,24 +44,22 @@ def summed_inputs(
         if first[matrix.parameter] == matrix.parameter:
             maps = visit.layer.projection(matrix.parameter).maps
             found[matrix.parameter] = [make(weight.shape[1], weight.device) for weight in maps]
-            heard.append((matrix.module, partial(_add, matrix, found[matrix.parameter])))
+            heard.append((matrix.module, _adding(matrix, found[matrix.parameter])))
     visit.listen(heard)
     return {matrix.parameter: found[first[matrix.parameter]] for matrix in matrices}
 
 
-def _add(
-    matrix: Matrix,
-    statistics: Sequence[Statistic],
-    batch: Batch,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> None:
-    if matrix.read is None:
-        statistics[0].add(batch.unpadded(args[0]))
-        return
-    for number, rows in matrix.read(module, args, kwargs, batch.mask):
-        statistics[number].add(rows)
+def _adding(matrix: Matrix, statistics: Sequence[Statistic]) -> Hearer:
+    """Adds what reaches a matrix."""
+
+    def add(batch: Batch, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if matrix.read is None:
+            statistics[0].add(batch.unpadded(args[0]))
+            return
+        for number, rows in matrix.read(module, args, kwargs, batch.mask):
+            statistics[number].add(rows)
+
+    return add
 
 
 def _first_with_same_inputs(visit: LayerVisit, matrices: Sequence[Matrix]) -> dict[str, str]:

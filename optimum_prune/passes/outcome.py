@@ -85,6 +85,8 @@ class Outcome:
     """Why it decided so, one entry for each decision: as the pass gave it, or as `Evidence` in a report."""
     artefact: Artefact | None = None
     """Of a pass from folder to folder."""
+    controls: Mapping[str, Any] = field(default_factory=dict)
+    """Of a pass that prunes, what the same cut comes to as chosen, at random and by magnitude; empty if it was not measured."""
 
     def __post_init__(self) -> None:
         self.plain_evidence()
@@ -92,7 +94,7 @@ class Outcome:
     @property
     def notes(self) -> list[str]:
         """What a person is to be told of it."""
-        return [str(each[NOTE]) for each in self.evidence if NOTE in each]
+        return [str(each[NOTE]) for each in (*self.evidence, self.controls) if NOTE in each]
 
     def plain_evidence(self) -> tuple[Evidence, ...]:
         """The evidence as a report holds it."""
@@ -107,6 +109,7 @@ class Outcome:
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
             "decisions": list(self.plain_evidence()),
+            **({"controls": dict(self.controls)} if self.controls else {}),
             **({} if self.artefact is None else {"artefact": asdict(self.artefact)}),
         }
 
@@ -123,4 +126,5 @@ class Outcome:
             cuts=cuts,
             evidence=tuple(plain["decisions"]),
             artefact=None if artefact is None else Artefact.from_plain(artefact),
+            controls=plain.get("controls", {}),
         )

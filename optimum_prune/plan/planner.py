@@ -14,6 +14,7 @@ from optimum_prune.evaluation.perplexity import evaluation_cost
 from optimum_prune.machine.isolation import guarded
 from optimum_prune.machine.memory import resident
 from optimum_prune.passes.base import Pass, Stage
+from optimum_prune.refit.controls import controls_cost
 from optimum_prune.text.drawing import characters_read
 from optimum_prune.text.text import texts_to_use
 from optimum_prune.text.tokenization import PIECE
@@ -101,11 +102,15 @@ class Planner:
         weights = self._weights + self._plan.teacher_bytes
         if cost is None:
             return Phase(step.name, step.stage.name, after, self._process + weights, None, "at least")
+        controlled = step.stage is Stage.PRUNE and self._plan.evaluation.windows > 0
+        if controlled:
+            cost = cost.followed_by(controls_cost(before, self._work))
         cost = replace(cost, memory=SCATTERED * cost.memory)
-        left = 0.0 if self._plan.source.resident or offloaded else cost.left
+        resident = self._plan.source.resident
+        left = 0.0 if offloaded or (resident and not controlled) else cost.left
         bound = "at most" if step.may_end_early else ""
         phase = self._phase(step.name, cost, stage=step.stage.name, shape=after, weights=weights + left)
-        self._weights += int(left)
+        self._weights += 0 if resident else int(left)
         self._retained = 0.0 if offloaded else max(self._retained, RETAINED * cost.memory)
         return replace(phase, bound=bound)
 

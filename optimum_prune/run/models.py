@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.anatomy.family import Family
 from optimum_prune.checkpoint.loading import check_resident, check_rotary
+from optimum_prune.machine import processes
 from optimum_prune.machine.activation_store import MappedActivations
 from optimum_prune.machine.given_files import path_of
 from optimum_prune.machine.mapped_weights import MappedWeights
-from optimum_prune.machine.memory import give_back
+from optimum_prune.machine.memory import free_memory, give_back
 from optimum_prune.machine.watched_files import watched
 from optimum_prune.surgery.cuts import Cuts
 
@@ -87,6 +88,14 @@ class Models:
             weights = MappedWeights(self._folder / "dense") if self._source.mappable else None
             self._teacher = Decoder(self._source.load(weights).requires_grad_(False), self._family)
         return self._teacher
+
+    def as_it_is(self, decoder: Decoder) -> Decoder | None:
+        """The model as it is now, which stays so when it is cut; None where its old weights would not fit in memory beside the new ones."""
+        if self.weights is None and self._source.resident:
+            size = sum(value.numel() * value.element_size() for value in decoder.model.parameters())
+            if not processes.all_true(size <= free_memory()):
+                return None
+        return Decoder(sharing_copy(decoder.model), self._family)
 
     def let_teacher_go(self) -> None:
         """Gives back what the dense model takes of memory."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.anatomy.shape import Shape
@@ -13,12 +15,14 @@ from optimum_prune.hooks.hearing import before_pass, pass_finished
 from optimum_prune.hooks.plugins import Plugins
 from optimum_prune.machine import processes
 from optimum_prune.machine.isolation import guarded_steps
-from optimum_prune.machine.memory import Meter
+from optimum_prune.machine.mapped_weights import MappedWeights
+from optimum_prune.machine.memory import Meter, give_back
 from optimum_prune.options import as_plain
 from optimum_prune.passes.evidence import plain_evidence
 from optimum_prune.passes.outcome import Outcome
 from optimum_prune.passes.prune import PrunePass
 from optimum_prune.plan.checks import foreseen
+from optimum_prune.refit.controls import Control
 from optimum_prune.run.journal import journal_of
 from optimum_prune.run.models import Models
 from optimum_prune.run.untouched import Untouched, only_looked_at
@@ -37,11 +41,14 @@ def prune(
     calibration: Calibration,
     plugins: Plugins,
     models: Models | None = None,
+    *,
+    controlled: bool = False,
 ) -> Outcome:
     """Carries out one pass that prunes on a model, in place.
 
     Args:
         models: where the model's weights are from, and lie.
+        controlled: whether the choice is measured beside others.
 
     Raises:
         SurgeryError: the model's shape is not what the pass foresaw.
@@ -51,28 +58,47 @@ def prune(
         if processes.first():
             before_pass(plugins, step, decoder.model, calibration.progress)
     before, untouched = decoder.shape(), Untouched(decoder.model, weights)
-    cuts, evidence, decided = Cuts(), [], set[str]()
-    journal, decide = journal_of(calibration), partial(_decisions, step, decoder, calibration)
+    dense = models.as_it_is(decoder) if models is not None and controlled else None
     with Meter() as meter:
-        for decision in decide() if journal is None else journal.decisions(step.name, decide):
-            processes.agreed(decision.cuts)
-            _carry_out(step, decoder, decision)
-            if weights is not None:
-                weights.write_changes(decoder.model)
-            cuts = cuts.merge(decision.cuts)
-            evidence.append(decision.evidence)
-            decided.update(decision.weights)
+        cuts, evidence, decided = _cut(step, decoder, calibration, weights)
         if models is not None:
             models.check()
             models.follow(cuts)
         untouched.check(step.name, decided)
         sync_config(decoder)
         decoder.model.eval()  # whatever the pass left it in
+        controls = {} if dense is None else _controls(Control(dense, decoder, cuts, decided), calibration)
+        del dense
     _check_foreseen(step, before, decoder.shape())
-    outcome = Outcome(step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, cuts, tuple(evidence))
+    known = Outcome(step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory)
+    outcome = replace(known, cuts=cuts, evidence=tuple(evidence), controls=controls)
     if processes.first():
         pass_finished(plugins, outcome, calibration.progress)
     return outcome
+
+
+def _cut(
+    step: PrunePass, decoder: Decoder, calibration: Calibration, weights: MappedWeights | None
+) -> tuple[Cuts, list[Mapping[str, Any]], set[str]]:
+    """Carries out the decisions of a pass: all cuts, why, and the names of the parameters that got new values."""
+    cuts, evidence, decided = Cuts(), [], set[str]()
+    journal, decide = journal_of(calibration), partial(_decisions, step, decoder, calibration)
+    for decision in decide() if journal is None else journal.decisions(step.name, decide):
+        processes.agreed(decision.cuts)
+        _carry_out(step, decoder, decision)
+        if weights is not None:
+            weights.write_changes(decoder.model)
+        cuts = cuts.merge(decision.cuts)
+        evidence.append(decision.evidence)
+        decided.update(decision.weights)
+    return cuts, evidence, decided
+
+
+def _controls(control: Control, calibration: Calibration) -> Mapping[str, Any]:
+    """What the choice of a pass comes to beside others, measured once."""
+    found = calibration.once("controls", partial(control.evidence, calibration))
+    give_back()
+    return found
 
 
 def _carry_out(step: PrunePass, decoder: Decoder, decision: Decision) -> None:

@@ -1,0 +1,184 @@
+"""Controls: what a cut comes to beside the same cut chosen at random and by magnitude, measured on a few windows.
+
+All are treated alike: units and layers go, or weights become zero, and where the pass refitted what is left, that is refitted for each
+choice on the same few windows. So a perplexity here tells how good the choice is, not how good the model is that the pass leaves. The
+model as it was is gone through once, layer by layer, with the hidden states of each choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optimum_prune.anatomy.workload import Cost, Workload
+from optimum_prune.calibration.stream import Stream, logits, run_without
+from optimum_prune.calibration.visit import LayerVisit
+from optimum_prune.evaluation.losses import losses_cost, perplexity_of, token_losses
+from optimum_prune.machine import processes
+from optimum_prune.machine.mapped_weights import held
+from optimum_prune.refit.solving import damp, refit_cheaply
+from optimum_prune.selection.divergence import LENGTH, split
+from optimum_prune.selection.otherwise import at_random, by_magnitude, chosen_otherwise, zeros_made, zeros_otherwise
+from optimum_prune.surgery.cuts import NOTE, Cuts, Decision
+from optimum_prune.surgery.operation import changed_layer
+
+if TYPE_CHECKING:
+    from optimum_prune.anatomy.decoder import Decoder, DecoderLayer
+    from optimum_prune.anatomy.shape import Shape
+    from optimum_prune.calibration.calibration import Calibration
+
+FITTED = 4
+"""Windows that is refitted on, at most."""
+DAMPING = 0.01
+OTHERS = ("random", "magnitude")
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a pass made of a model.
+
+    Args:
+        before: the model as it was.
+        after: as it is.
+        cuts: of the pass.
+        decided: the names of the parameters that it gave new values.
+    """
+
+    before: Decoder
+    after: Decoder
+    cuts: Cuts
+    decided: Collection[str]
+
+    def evidence(self, calibration: Calibration, seed: int = 0) -> dict[str, Any]:
+        """Perplexities of the choices, and a sentence on them; nothing where there was no choice of layers, blocks, units or zeros."""
+        if any(index is None for index, _ in self.cuts.units):
+            return {}
+        zeros = self._zeros()
+        if self.cuts == Cuts() and not zeros:
+            return {}
+        scorers = {"random": at_random(seed), "magnitude": by_magnitude()}
+        cuts = {"dense": Cuts(), "chosen": self.cuts}
+        cuts |= {name: chosen_otherwise(self.before, self.cuts, scorer) for name, scorer in scorers.items()}
+        masks = {"chosen": zeros}
+        for name, scorer in scorers.items():
+            masks[name] = {
+                path: _others(there, scorer.of(self.before.model.get_parameter(path).detach()))
+                for path, there in zeros.items()
+            }
+        fitted, measured = split(calibration.windows)
+        fitted = fitted.part(slice(FITTED), slice(LENGTH))
+        streams = _Streams(calibration.on(fitted), calibration.on(measured), self.before, list(cuts))
+        for layer in calibration.track(self.before.layers, "Controls, layer by layer"):
+            with held(layer.module):
+                for name, cut in cuts.items():
+                    if cut.layers is None or layer.index in cut.layers:
+                        self._run(layer, cut, masks.get(name, {}), streams, name)
+        found = {name: streams.perplexity(name) for name in cuts}
+        return {"windows": len(measured), "perplexity": found, NOTE: told(found, len(measured))}
+
+    def _zeros(self) -> dict[str, Tensor]:
+        """Where matrices were made sparse, by their names."""
+        if self.cuts != Cuts():
+            return {}
+        found: dict[str, Tensor] = {}
+        for layer, before in zip(self.after.layers, self.before.layers, strict=True):
+            named = {f"{layer.prefix}{path}": zeros for path, zeros in zeros_made(layer, before).items()}
+            found |= {name: zeros for name, zeros in named.items() if name in self.decided}
+        return found
+
+    def _run(self, layer: DecoderLayer, cuts: Cuts, zeros: Mapping[str, Tensor], streams: _Streams, name: str) -> None:
+        """Moves the streams of a choice behind a layer."""
+        index, own = layer.index, dict(cuts.of(layer.index))
+        weights = {
+            path: self.before.model.get_parameter(path).detach().masked_fill(there, 0)
+            for path, there in zeros.items()
+            if path.startswith(layer.prefix)
+        }
+        gone = [block for block in layer.blocks if block not in cuts.blocks.get(index, layer.blocks)]
+        if own:
+            weights |= self._refitted(layer, cuts, streams.fitted[name], gone)
+        changed = layer
+        if own or weights:
+            alone = Decision(Cuts(units={(index, axis): kept for axis, kept in own.items()}), weights)
+            changed = replace(layer, module=changed_layer(self.before, alone, index))
+        for stream in (streams.fitted[name], streams.measured[name]):
+            for position, (batch, hidden) in enumerate(stream):
+                stream[position] = (batch, run_without(changed, batch, hidden, gone))
+
+    def _refitted(self, layer: DecoderLayer, cuts: Cuts, stream: Stream, gone: Sequence[str]) -> dict[str, Any]:
+        """New weights of the projections behind units that go, where the pass gave them some."""
+        axes = [
+            axis
+            for axis in layer.axes.values()
+            if (layer.index, axis.name) in cuts.units and f"{layer.prefix}{axis.output}" in self.decided
+        ]
+        if not axes:
+            return {}
+        visit, weights = LayerVisit(layer, list(stream)), dict[str, Any]()
+        visit.leave_out(gone)
+        for axis, grams in zip(axes, visit.grams(*axes), strict=True):
+            projection, kept = layer.projection(axis.output), cuts.kept(layer.index, axis.name)
+            maps = []
+            for weight, gram, units in zip(projection.maps, grams, kept if axis.groups else [kept], strict=True):
+                solved, _ = refit_cheaply(lambda gram=gram: damp(gram.exact, DAMPING), weight, axis.inputs(units))  # type: ignore[misc, arg-type]
+                maps.append(solved.T.to(weight.device, weight.dtype))
+            stored = projection.stored(maps, None)
+            weights |= layer.named(stored)
+        return weights
+
+
+def _others(zeros: Tensor, scores: Tensor) -> Tensor:
+    """As many zeros chosen otherwise; of experts that lie in one tensor, in each."""
+    flat = zeros.flatten(0, -2)
+    return zeros_otherwise(flat, scores.to(zeros.device).flatten(0, -2)).view_as(zeros)
+
+
+class _Streams:
+    """Hidden states of a few windows to refit on and of a few to measure on, for each of some choices."""
+
+    def __init__(self, fitted: Calibration, measured: Calibration, decoder: Decoder, names: Sequence[str]) -> None:
+        first, second = fitted.embed(decoder), measured.embed(decoder)
+        self._decoder = decoder
+        self._windows = measured.windows
+        self.fitted = {name: list(first) for name in names}
+        self.measured = {name: list(second) for name in names}
+
+    def perplexity(self, name: str) -> float:
+        """Of a choice, once its hidden states are behind the last layer."""
+        total = math.fsum(self._losses(self.measured[name]))
+        (total,) = processes.all_sums([total])
+        mean = total / max(int(self._windows.mask[:, 1:].sum()), 1)
+        return perplexity_of(mean) if math.isfinite(mean) else math.inf
+
+    def _losses(self, stream: Stream) -> Iterator[float]:
+        with torch.no_grad():
+            for batch, hidden in stream:
+                for one, part in batch.split(hidden):
+                    found = logits(self._decoder, one, part)
+                    yield token_losses(found[0], one.tokens[0], one.mask[0]).sum(dtype=torch.float32).item()
+
+
+def told(found: Mapping[str, float], windows: int) -> str:
+    """What a person is to know of the perplexities of choices."""
+    figures = (
+        f"{found['chosen']:,.2f} as chosen, {found['random']:,.2f} at random, {found['magnitude']:,.2f} by magnitude"
+    )
+    better = [name for name in OTHERS if not found["chosen"] < found[name]]
+    line = f"the same cut on {windows} windows: perplexity {figures}"
+    if not better:
+        return line
+    return f"{line}; so the choice is no better than {' or '.join('chance' if name == 'random' else name for name in better)} there"
+
+
+def controls_cost(shape: Shape, work: Workload) -> Cost:
+    """What measuring controls takes."""
+    few = work.on(min(2 * FITTED, work.windows), min(LENGTH, work.length))
+    largest = max(work.layer(layer) for layer in shape.layers)
+    runs = few.run_all(shape.layers, few.tokens, 2 * (2 + len(OTHERS)))
+    predicted = losses_cost(few, few.tokens / 2, few.length, 2 + len(OTHERS))
+    return runs.followed_by(predicted).with_memory(few.states(3 + len(OTHERS)) + 2 * largest)
