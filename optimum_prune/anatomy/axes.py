@@ -256,6 +256,7 @@ def find_hidden(
         fields={"hidden_size": 1},
         pinned=dict(sizes),
         possible=possible,
+        multiple=1 if family.experts is None else ROWS_OF_16_BYTES,
         units_are="features of hidden states",
         place="model",
     )

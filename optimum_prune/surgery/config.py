@@ -186,6 +186,20 @@ def follow_hidden(decoder: Decoder, axis: Axis, units: int) -> None:
         follow_config(layer)
 
 
+def follow_features(layer: DecoderLayer, axis: Axis, units: int) -> None:
+    """Lets the modules of a decoder layer know how many features of hidden states they have; the config stays as it is."""
+    config = copy.copy(layer.config)
+    for name, value in {**axis.pinned, **{name: units * times for name, times in axis.fields.items()}}.items():
+        setattr(config, name, value)
+    with torch.device("meta"):
+        afresh = type(layer.module)(config, layer.index)
+    for name, module in layer.module.named_modules():
+        for attribute, value in vars(afresh.get_submodule(name)).items():
+            held = getattr(module, attribute, None)
+            if (held, value) in ((axis.units, units), ((axis.units,), (units,))):
+                setattr(module, attribute, value)
+
+
 def _adopt(module: nn.Module, afresh: nn.Module, kinds: tuple[type, ...]) -> None:
     """Takes over the plain attributes of a module that was made anew, if they are of these kinds."""
     for name, value in vars(afresh).items():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from optimum_prune.anatomy.axis import Axis, Member, Units
 from optimum_prune.anatomy.decoder import Decoder, DecoderLayer
 from optimum_prune.errors import SurgeryError
-from optimum_prune.surgery.config import follow_config, follow_hidden, keep_layers_in_config
+from optimum_prune.surgery.config import follow_config, follow_features, follow_hidden, keep_layers_in_config
 from optimum_prune.surgery.cuts import Cuts, Decision
 
 
@@ -57,6 +57,24 @@ def cut_layer(layer: DecoderLayer, cuts: Cuts) -> None:
         if name in kept:
             keep(layer.module, axis, kept[name])
     follow_config(layer)  # modules may ask their config for numbers while they run
+
+
+def local_members(axis: Axis, prefix: str) -> list[Member]:
+    """The members of an axis of the whole model that lie in a decoder layer, by their paths from there."""
+    inside = (member for member in axis.members if member.path.startswith(prefix))
+    return [replace(member, path=member.path.removeprefix(prefix)) for member in inside]
+
+
+def with_fewer_features(layer: DecoderLayer, axis: Axis, units: int) -> DecoderLayer:
+    """A copy of a decoder layer with so many features of hidden states, the first; the model stays as it is.
+
+    Args:
+        axis: of the whole model's hidden states.
+    """
+    copied = replace(layer, module=sharing_copy(layer.module, layer.config))
+    keep(copied.module, replace(axis, members=tuple(local_members(axis, layer.prefix))), tuple(range(units)))
+    follow_features(copied, axis, units)
+    return copied
 
 
 def cut_model(decoder: Decoder, cuts: Cuts) -> None:
