@@ -70,16 +70,9 @@ class Control:
                 path: _others(there, scorer.of(self.before.model.get_parameter(path).detach()))
                 for path, there in zeros.items()
             }
-        fitted, measured = split(calibration.windows)
-        fitted = fitted.part(slice(FITTED), slice(LENGTH))
-        streams = _Streams(calibration.on(fitted), calibration.on(measured), self.before, list(cuts))
-        for layer in calibration.track(self.before.layers, "Controls, layer by layer"):
-            with held(layer.module):
-                for name, cut in cuts.items():
-                    if cut.layers is None or layer.index in cut.layers:
-                        self._run(layer, cut, masks.get(name, {}), streams, name)
-        found = {name: streams.perplexity(name) for name in cuts}
-        return {"windows": len(measured), "perplexity": found, NOTE: told(found, len(measured))}
+        found = Comparison(self.before, self.decided).perplexities(cuts, calibration, masks)
+        windows = len(split(calibration.windows)[1])
+        return {"windows": windows, "perplexity": found, NOTE: told(found, windows)}
 
     def _zeros(self) -> dict[str, Tensor]:
         """Where matrices were made sparse, by their names."""
@@ -91,11 +84,45 @@ class Control:
             found |= {name: zeros for name, zeros in named.items() if name in self.decided}
         return found
 
+
+@dataclass(frozen=True)
+class Comparison:
+    """A model that is cut in several ways, all treated alike.
+
+    Args:
+        model: stays as it is.
+        refits: the names of the projections that are refitted behind units that go.
+    """
+
+    model: Decoder
+    refits: Collection[str]
+
+    def perplexities(
+        self,
+        cuts: Mapping[str, Cuts],
+        calibration: Calibration,
+        masks: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> dict[str, float]:
+        """Of each cut, on a few windows; refitted on a few others.
+
+        Args:
+            masks: of each cut, where matrices become zero, by their names.
+        """
+        fitted, measured = split(calibration.windows)
+        fitted = fitted.part(slice(FITTED), slice(LENGTH))
+        streams = _Streams(calibration.on(fitted), calibration.on(measured), self.model, list(cuts))
+        for layer in calibration.track(self.model.layers, "Comparing, layer by layer"):
+            with held(layer.module):
+                for name, cut in cuts.items():
+                    if cut.layers is None or layer.index in cut.layers:
+                        self._run(layer, cut, (masks or {}).get(name, {}), streams, name)
+        return {name: streams.perplexity(name) for name in cuts}
+
     def _run(self, layer: DecoderLayer, cuts: Cuts, zeros: Mapping[str, Tensor], streams: _Streams, name: str) -> None:
         """Moves the streams of a choice behind a layer."""
         index, own = layer.index, dict(cuts.of(layer.index))
         weights = {
-            path: self.before.model.get_parameter(path).detach().masked_fill(there, 0)
+            path: self.model.model.get_parameter(path).detach().masked_fill(there, 0)
             for path, there in zeros.items()
             if path.startswith(layer.prefix)
         }
@@ -105,7 +132,7 @@ class Control:
         changed = layer
         if own or weights:
             alone = Decision(Cuts(units={(index, axis): kept for axis, kept in own.items()}), weights)
-            changed = replace(layer, module=changed_layer(self.before, alone, index))
+            changed = replace(layer, module=changed_layer(self.model, alone, index))
         for stream in (streams.fitted[name], streams.measured[name]):
             for position, (batch, hidden) in enumerate(stream):
                 stream[position] = (batch, run_without(changed, batch, hidden, gone))
@@ -115,7 +142,7 @@ class Control:
         axes = [
             axis
             for axis in layer.axes.values()
-            if (layer.index, axis.name) in cuts.units and f"{layer.prefix}{axis.output}" in self.decided
+            if (layer.index, axis.name) in cuts.units and f"{layer.prefix}{axis.output}" in self.refits
         ]
         if not axes:
             return {}

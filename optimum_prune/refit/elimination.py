@@ -89,6 +89,20 @@ def eliminate(
     return Elimination(tuple(kept.tolist()), refitted.T, loss, loss / everything if everything else 0.0)
 
 
+def refit_on(
+    gram: Callable[[], Float[Tensor, "in in"]], weight: Float[Tensor, "out in"], kept: Indices, inputs: Tensor
+) -> Elimination:
+    """The refitted weights on inputs that were chosen elsewhere.
+
+    Args:
+        kept: the units that were.
+        inputs: theirs.
+    """
+    everything = 0.5 * quadratic(made(gram), weight)
+    refitted, loss = refit_cheaply(gram, weight, inputs.to(weight.device))
+    return Elimination(kept, refitted.T, loss, loss / everything if everything else 0.0)
+
+
 def eliminate_groups(
     gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], keep: int, size: int
 ) -> Elimination:

@@ -35,7 +35,7 @@ class Ends:
 
     def weights(self, dense: Stream, reduced: Stream) -> dict[str, Tensor]:
         """New values, from the hidden states behind the last layer, of the model as it was and of the projected one."""
-        scale, tied = self._embedding_scale(), self._head is self._table
+        scale, tied = self._embedding_scale(), self._last is self._table
         found = {member.path: self._projected(member, scale) for member in self._members}
         norms = norms_of(self.decoder.model, self._members)
         if not norms:
@@ -48,7 +48,7 @@ class Ends:
             sums += regressed(after, self.basis.along(goal), shift(norm))
         times = slope(processes.all_sum(sums))
         found[name] = scaled(norm, times / scale if tied else times)
-        read = [member for member in self._members if self._weight(member) is self._head]
+        read = [member for member in self._members if self._weight(member) is self._last]
         if tied or self.damping is None or not read:
             return found
         norm.weight.data.copy_(found[name])
@@ -74,7 +74,7 @@ class Ends:
         return found
 
     @property
-    def _head(self) -> Tensor | None:
+    def _last(self) -> Tensor | None:
         head = self.decoder.model.get_output_embeddings()
         found: Tensor | None = None if head is None else head.weight
         return found
@@ -85,7 +85,7 @@ class Ends:
         path = member.path.rpartition(".")[0]
         if self.basis.rotates and path in norms:
             return neutral(self.decoder.model.get_submodule(path), self.basis.size)
-        if self.basis.rotates and self._weight(member) is self._head:
+        if self.basis.rotates and self._weight(member) is self._last:
             value = value * gain(self.decoder.model.get_submodule(norms[-1])).to(value.dtype)
         found = self.basis.along(value, member.dim)
         return found * scale if self._weight(member) is self._table else found

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from optimum_prune.anatomy.axis import Axis
+from optimum_prune.anatomy.axis import Axis, Indices
 from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, AxisShape, LayerShape
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.statistics import Gram, gram_cost, gram_memory
 from optimum_prune.calibration.visit import LayerVisit, observed_memory
-from optimum_prune.refit.elimination import Elimination, eliminate, eliminate_groups, elimination_cost
+from optimum_prune.refit.elimination import Elimination, eliminate, eliminate_groups, elimination_cost, refit_on
 from optimum_prune.refit.reconstruction import ProjectionTarget, fitting_cost, moved, named
 from optimum_prune.surgery.cuts import Cuts, Decision
 
@@ -48,13 +49,24 @@ class Narrowing:
         targets = self._targets(visit, axis, grams, reference)
         decided = []
         for size in sizes:
-            decision = self._decide(visit, axis, grams, targets, size)
+            decision = self._decide(visit, axis, grams, targets, partial(self._eliminated, axis, size))
             for follower, its_grams in zip(followers, of_followers, strict=True):
                 its_targets = self._targets(visit, follower, its_grams, None)
-                other = self._decide(visit, follower, its_grams, its_targets, size * follower.times)
+                choose = partial(self._eliminated, follower, size * follower.times)
+                other = self._decide(visit, follower, its_grams, its_targets, choose)
                 decision = _joined(decision, other, follower)
             decided.append(decision)
         return decided
+
+    def keeping(self, visit: LayerVisit, name: str, kept: Indices) -> Decision:
+        """How these units of an axis, which were chosen elsewhere, are kept."""
+        axis = visit.layer.axes[name]
+        (grams,) = visit.grams(axis)
+
+        def choose(gram: Gram, target: ProjectionTarget) -> Elimination:
+            return refit_on(lambda: target.moments(gram, self.damping), target.weight, kept, axis.inputs(kept))
+
+        return self._decide(visit, axis, grams, self._targets(visit, axis, grams, None), choose)
 
     def _targets(
         self, visit: LayerVisit, axis: Axis, grams: Sequence[Gram], reference: LayerVisit | None
@@ -68,21 +80,26 @@ class Narrowing:
         return [ProjectionTarget.of(projection, group) for group in range(len(projection.maps))]
 
     def _decide(
-        self, visit: LayerVisit, axis: Axis, grams: Sequence[Gram], targets: Sequence[ProjectionTarget], keep: int
+        self,
+        visit: LayerVisit,
+        axis: Axis,
+        grams: Sequence[Gram],
+        targets: Sequence[ProjectionTarget],
+        choose: Callable[[Gram, ProjectionTarget], Elimination],
     ) -> Decision:
         layer, several = visit.layer, axis.groups > 0
         results = []
         for group, (gram, target) in enumerate(zip(grams, targets, strict=True)):
             place = f"{axis.place.capitalize()} {group}" if several else f"The {axis.place}"
             with named(f"{place} of layer {visit.index}", target.weight, self.damping):
-                results.append(self._eliminated(axis, gram, target, keep))
+                results.append(choose(gram, target))
         bias = None if several else targets[0].bias_for(results[0], grams[0], axis.inputs(results[0].kept).tolist())
         stored = layer.projection(axis.output).stored([result.weight for result in results], bias)
         kept = tuple(result.kept for result in results)
         errors = [result.relative_error for result in results]
         evidence: dict[str, Any] = {
             "layer": visit.index,
-            axis.size: keep,
+            axis.size: len(results[0].kept),
             "relative_error": errors if several else errors[0],
         }
         if several:
@@ -90,7 +107,7 @@ class Narrowing:
         cuts = Cuts.along(axis.name, {visit.index: kept if several else kept[0]})
         return Decision(cuts, cast("dict[str, Tensor]", layer.named(stored)), evidence)
 
-    def _eliminated(self, axis: Axis, gram: Gram, target: ProjectionTarget, keep: int) -> Elimination:
+    def _eliminated(self, axis: Axis, keep: int, gram: Gram, target: ProjectionTarget) -> Elimination:
         if axis.width > 1:
             return eliminate_groups(target.moments(gram, self.damping), target.weight, keep, axis.width)
         step = target.weight.shape[1] if self.one_shot else self.step

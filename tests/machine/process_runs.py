@@ -16,6 +16,10 @@ from safetensors.torch import save_file
 from optimum_prune import Depth, Osscar, Progress, Windows
 from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
+from optimum_prune.builtin.prune.experts import ExpertPruner
+from optimum_prune.builtin.prune.hidden import HiddenPruner
+from optimum_prune.builtin.prune.sparsegpt import SparseGPT
+from optimum_prune.builtin.prune.wanda import Wanda
 from optimum_prune.evaluation.perplexity import perplexity
 from optimum_prune.hooks.plugins import load
 from optimum_prune.machine import processes
@@ -50,6 +54,10 @@ CASES = {
     ),
     "depth-angular": ("mistral", Depth(layers=2, criterion="angular"), tiny.windows(5)),
     "block-pruner": ("llama", BlockPruner(blocks=3), spoken("llama", 13)),
+    "wanda": ("llama", Wanda(ratio=0.5), tiny.windows(5, padded=True)),
+    "sparsegpt": ("qwen3_moe", SparseGPT(pattern="2:4"), tiny.windows(5)),
+    "experts": ("mixtral", ExpertPruner(keep=3), tiny.windows(5)),
+    "hidden": ("llama-tied", HiddenPruner(size=24), tiny.windows(5, padded=True)),
     "one-window": ("llama", Osscar(ratio=0.25, allocation="global"), tiny.windows(1)),
     "one-window-depth": ("llama", Depth(layers=1), tiny.windows(1, 64)),
 }

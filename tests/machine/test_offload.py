@@ -13,6 +13,10 @@ from safetensors.torch import load_file, save_file
 from optimum_prune import Depth, Osscar, Recipe, Settings, Text, compress
 from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
+from optimum_prune.builtin.prune.experts import ExpertPruner
+from optimum_prune.builtin.prune.hidden import HiddenPruner
+from optimum_prune.builtin.prune.sparsegpt import SparseGPT
+from optimum_prune.builtin.prune.wanda import Wanda
 from optimum_prune.calibration.calibration import Calibration
 from optimum_prune.checkpoint import loading, opening
 from optimum_prune.errors import CheckpointError, RecipeError
@@ -51,6 +55,9 @@ STEPS = [
     (Depth(layers=2),),
     (Depth(layers=1, shape="ranked", criterion="taylor", protect_first=0, protect_last=0), Osscar(ratio=0.25)),
     (BlockPruner(blocks=2),),
+    (Wanda(pattern="2:4"),),
+    (SparseGPT(ratio=0.5),),
+    (HiddenPruner(ratio=0.25),),
 ]
 
 
@@ -71,6 +78,14 @@ def test_of_every_kind_of_architecture(family, recipe, checkpoints, tmp_path):
     for offload in (False, True):
         step = Osscar(ratio=0.25)
         compress(recipe(checkpoints(family), step, offload=offload, dtype="bfloat16"), tmp_path / str(offload))
+    assert digests(tmp_path / "True") == digests(tmp_path / "False")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
+def test_experts_leave_the_same_on_disk(family, recipe, checkpoints, tmp_path):
+    for offload in (False, True):
+        step = ExpertPruner(keep=3, allocation="global")
+        compress(recipe(checkpoints(family), step, offload=offload), tmp_path / str(offload))
     assert digests(tmp_path / "True") == digests(tmp_path / "False")
 
 

@@ -17,6 +17,9 @@ from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.anatomy.shape import Shape
 from optimum_prune.anatomy.workload import Workload
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
+from optimum_prune.builtin.prune.hidden import HiddenPruner
+from optimum_prune.builtin.prune.sparsegpt import SparseGPT
+from optimum_prune.builtin.prune.wanda import Wanda
 from optimum_prune.calibration.stream import walk_cost
 from optimum_prune.checkpoint.opening import meta_model
 from optimum_prune.checkpoint.saving import weight_bytes
@@ -37,6 +40,9 @@ STEPS = [
     Depth(layers=2, criterion="cosine"),
     Depth(drop=(1,)),
     BlockPruner(blocks=2),
+    Wanda(ratio=0.5),
+    SparseGPT(pattern="2:4"),
+    HiddenPruner(ratio=0.25),
 ]
 SPEED = Speed(products=1e-11, elements=1e-9, statistics=1e-11, solving=1e-10, reading=1e-9)
 

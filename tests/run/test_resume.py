@@ -41,6 +41,8 @@ METHODS = {
     "depth greedy": ["depth", "--layers", 2, "--shape", "greedy"],
     "depth by taylor": ["depth", "--layers", 1, "--criterion", "taylor", "--protect-first", 0],
     "block-pruner": ["block-pruner", "--blocks", 2],
+    "sparsegpt": ["sparsegpt", "--pattern", "2:4"],
+    "hidden": ["hidden", "--ratio", 0.25],
 }
 
 

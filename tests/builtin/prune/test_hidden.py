@@ -115,10 +115,10 @@ def test_what_is_refitted_is_nearer_and_what_was_chosen_by_position_is_farther(n
     lost = {}
     for refit in (True, False):
         smaller = copy.deepcopy(decoder)
-        pruned(HiddenPruner(size=20, keep="energy", damping=0.02, refit=refit), smaller, windows, plugins)
+        pruned(HiddenPruner(size=24, keep="energy", damping=0.02, refit=refit), smaller, windows, plugins)
         lost[refit] = (before - logits(smaller.model, windows).log_softmax(-1)).square().mean().item()
     first = copy.deepcopy(decoder)
-    cut(first, Cuts.along("hidden", {None: tuple(range(20))}))
+    cut(first, Cuts.along("hidden", {None: tuple(range(24))}))
     raw = (before - logits(first.model, windows).log_softmax(-1)).square().mean().item()
     assert lost[True] < 0.97 * lost[False]
     assert lost[True] < raw

@@ -1,0 +1,134 @@
+"""Units that are kept by chance, and how the probabilities of keeping them are learned from losses alone.
+
+Optimization-based structural pruning (Gao et al., arXiv 2406.10576): keep-probabilities s, masks m drawn from them, the loss of the masked
+model, and policy gradients `(L - d) (m - s) / sqrt(s (1 - s))` with a moving average d as the baseline; the square root preconditions. Here
+advantages are divided by their moving deviation too, so that a learning rate does not depend on the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+MEMORY = 5
+"""Over about so many steps losses are averaged."""
+SMALL = 1e-7
+EDGE = 0.02
+"""How far from 0 and 1 units are still drawn: else one that got there would never be tried again."""
+WHOLE = "layers"
+"""The kind of unit that a layer is."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Units of one kind all over a model, of which a number in all stays."""
+
+    places: tuple[tuple[int, str, int], ...]
+    """A layer, an axis of it (empty for the layer itself), and how many units there are."""
+    keep: int
+    possible: Mapping[int, tuple[int, ...]]
+    """Of a layer, how many may stay, where not every number can be said."""
+
+    @property
+    def units(self) -> int:
+        """In all."""
+        return sum(count for _, _, count in self.places)
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Values of all units, by place."""
+        return list(torch.split(values, [count for _, _, count in self.places]))
+
+    def best(self, probabilities: Float[Tensor, " units"]) -> list[Bool[Tensor, " units"]]:
+        """By place, the units that stay: the most probable, at least one of each place but of layers."""
+        whole = [not axis for _, axis, _ in self.places]
+        parts = self.split(probabilities.double())
+        order = sorted(
+            ((value, -place, -unit) for place, part in enumerate(parts) for unit, value in enumerate(part.tolist())),
+            reverse=True,
+        )
+        first = {place: int(part.argmax()) for place, part in enumerate(parts) if not whole[place]}
+        kept = [torch.zeros(len(part), dtype=torch.bool) for part in parts]
+        for place, unit in first.items():
+            kept[place][unit] = True
+        left = self.keep - len(first)
+        for _, place, unit in order:
+            if left > 0 and not kept[-place][-unit]:
+                kept[-place][-unit] = True
+                left -= 1
+        return [
+            self._possible(place, part, mask) for place, part, mask in zip(range(len(parts)), parts, kept, strict=True)
+        ]
+
+    def _possible(self, place: int, part: Tensor, mask: Tensor) -> Tensor:
+        """As many as can be said."""
+        allowed = self.possible.get(self.places[place][0])
+        count = int(mask.sum())
+        if allowed is None or count in allowed:
+            return mask
+        count = min(allowed, key=lambda each: (abs(each - count), each))
+        return torch.zeros_like(mask).index_fill_(0, part.sort(descending=True, stable=True).indices[:count], True)
+
+
+def projected(probabilities: Float[Tensor, " units"], keep: int) -> Float[Tensor, " units"]:
+    """The nearest probabilities of which no more than so many stay on average: each is lowered by the same, within 0 and 1."""
+    found = probabilities.clamp(0, 1)
+    if found.sum() <= keep:
+        return found
+    low, high = 0.0, float(probabilities.max())
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (probabilities - middle).clamp(0, 1).sum() > keep else (low, middle)
+    return (probabilities - high).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What losses are compared with."""
+
+    mean: float = math.nan
+    square: float = 0.0
+    """Of their distances from it, averaged."""
+
+    def after(self, losses: Sequence[float]) -> Baseline:
+        """The same once more losses are known."""
+        mean = sum(losses) / len(losses)
+        if math.isnan(self.mean):
+            return Baseline(mean, sum((loss - mean) ** 2 for loss in losses) / len(losses))
+        moved = self.mean + (mean - self.mean) / MEMORY
+        square = sum((loss - moved) ** 2 for loss in losses) / len(losses)
+        return Baseline(moved, self.square + (square - self.square) / MEMORY)
+
+    def advantage(self, loss: float) -> float:
+        """How much better or worse a loss is, in deviations."""
+        return (loss - self.mean) / max(math.sqrt(self.square), SMALL)
+
+
+def gradient(
+    probabilities: Float[Tensor, " units"], masks: Sequence[Tensor], advantages: Sequence[float]
+) -> Float[Tensor, " units"]:
+    """The policy gradient, preconditioned."""
+    total, probabilities = torch.zeros_like(probabilities), probabilities.clamp(EDGE, 1 - EDGE)
+    spread = ((probabilities + SMALL) * (1 - probabilities + SMALL)).sqrt()
+    for mask, advantage in zip(masks, advantages, strict=True):
+        total += advantage * (mask.to(probabilities) - probabilities) / spread
+    return total / max(len(masks) - 1, 1)
+
+
+def drawn(
+    probabilities: Float[Tensor, " units"], count: int, generator: torch.Generator
+) -> list[Bool[Tensor, " units"]]:
+    """So many masks, drawn in pairs from the same numbers by chance and their complements."""
+    masks, probabilities = [], probabilities.clamp(EDGE, 1 - EDGE)
+    for number in range(count):
+        if number % 2 == 0:
+            chance = torch.rand(len(probabilities), generator=generator, dtype=probabilities.dtype)
+        masks.append((chance if number % 2 == 0 else 1 - chance) < probabilities)
+    return masks
