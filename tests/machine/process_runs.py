@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from optimum_prune import Depth, Osscar, Progress, Windows
 from optimum_prune.anatomy.decoder import Decoder
+from optimum_prune.builtin.prune.bernoulli import Bernoulli
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
 from optimum_prune.builtin.prune.experts import ExpertPruner
 from optimum_prune.builtin.prune.hidden import HiddenPruner
@@ -58,6 +59,7 @@ CASES = {
     "sparsegpt": ("qwen3_moe", SparseGPT(pattern="2:4"), tiny.windows(5)),
     "experts": ("mixtral", ExpertPruner(keep=3), tiny.windows(5)),
     "hidden": ("llama-tied", HiddenPruner(size=24), tiny.windows(5, padded=True)),
+    "bernoulli": ("llama", Bernoulli(ratio=0.25, steps=3, batch=60), tiny.windows(5)),
     "one-window": ("llama", Osscar(ratio=0.25, allocation="global"), tiny.windows(1)),
     "one-window-depth": ("llama", Depth(layers=1), tiny.windows(1, 64)),
 }

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from optimum_prune import Depth, Osscar, Recipe, Settings, Text, compress
 from optimum_prune.anatomy.decoder import Decoder
+from optimum_prune.builtin.prune.bernoulli import Bernoulli
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
 from optimum_prune.builtin.prune.experts import ExpertPruner
 from optimum_prune.builtin.prune.hidden import HiddenPruner
@@ -58,6 +59,7 @@ STEPS = [
     (Wanda(pattern="2:4"),),
     (SparseGPT(ratio=0.5),),
     (HiddenPruner(ratio=0.25),),
+    (Bernoulli(ratio=0.25, steps=2),),
 ]
 
 

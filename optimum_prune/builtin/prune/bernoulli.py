@@ -72,7 +72,6 @@ class Bernoulli(PrunePass):
         "For refitting: added to the gram's diagonal, relative to its mean.", 0.01, above=0, below=math.inf
     )
     protect: tuple[int, ...] = option("Layers to leave as they are.", ())
-    seed: int = option("Of the masks.", 0, at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -259,7 +258,7 @@ class Bernoulli(PrunePass):
     ) -> dict[str, Any]:
         """One step of learning."""
         started, (state, baseline) = time.perf_counter(), now
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(number)
         windows = some_windows(calibration.windows, self.batch, LENGTH, generator)
         masks = {name: drawn(values, self.masks, generator) for name, values in state.items()}
         losses = [masked.loss({name: each[k] for name, each in masks.items()}, windows) for k in range(self.masks)]
