@@ -10,22 +10,27 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from optimum_prune.anatomy.workload import Cost, Workload
+from optimum_prune.calibration.calibration import NoJournal
 from optimum_prune.calibration.stream import Stream, logits, run_without
 from optimum_prune.calibration.visit import LayerVisit
 from optimum_prune.evaluation.losses import losses_cost, perplexity_of, token_losses
+from optimum_prune.evaluation.perplexity import perplexity
 from optimum_prune.machine import processes
 from optimum_prune.machine.mapped_weights import held
+from optimum_prune.machine.progress import Progress
+from optimum_prune.refit.hidden import Projecting
+from optimum_prune.refit.projecting import Basis
 from optimum_prune.refit.solving import damp, refit_cheaply
 from optimum_prune.selection.divergence import LENGTH, split
 from optimum_prune.selection.otherwise import at_random, by_magnitude, chosen_otherwise, zeros_made, zeros_otherwise
 from optimum_prune.surgery.cuts import NOTE, Cuts, Decision
-from optimum_prune.surgery.operation import changed_layer
+from optimum_prune.surgery.operation import carry_out, changed_layer, sharing_copy
 
 if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder, DecoderLayer
@@ -57,7 +62,7 @@ class Control:
     def evidence(self, calibration: Calibration, seed: int = 0) -> dict[str, Any]:
         """Perplexities of the choices, and a sentence on them; nothing where there was no choice of layers, blocks, units or zeros."""
         if any(index is None for index, _ in self.cuts.units):
-            return {}
+            return features_controls(self.before, self.after, self.cuts, calibration, seed)
         zeros = self._zeros()
         if self.cuts == Cuts() and not zeros:
             return {}
@@ -188,6 +193,39 @@ class _Streams:
                 for one, part in batch.split(hidden):
                     found = logits(self._decoder, one, part)
                     yield token_losses(found[0], one.tokens[0], one.mask[0]).sum(dtype=torch.float32).item()
+
+
+def features_controls(
+    before: Decoder, after: Decoder, cuts: Cuts, calibration: Calibration, seed: int
+) -> dict[str, Any]:
+    """The same for features of hidden states, where those of the model stay: norms are rescaled for each choice, and nothing is refitted.
+
+    Returns:
+        Nothing where hidden states were rotated: no choice of features comes to the same.
+    """
+    ((_, name),) = cuts.units
+    axis, kept = before.hidden(), cast("Sequence[int]", cuts.kept(None, name))
+    tables = [decoder.model.get_input_embeddings().weight.detach() for decoder in (before, after)]
+    if axis is None or not _is_part(tables[0][:, list(kept)], tables[1]):
+        return {}
+    fitted, measured = split(calibration.windows)
+    few = calibration.quiet().on(fitted.part(slice(FITTED), slice(LENGTH)))
+    chosen = {"chosen": cuts, "random": chosen_otherwise(before, cuts, at_random(seed))}
+    chosen["magnitude"] = chosen_otherwise(before, cuts, by_magnitude())
+    found = {"dense": perplexity(before.model, measured, Progress()).value}
+    for choice, cut in chosen.items():
+        basis = Basis.of_features(cut.kept(None, name), axis.units)  # type: ignore[arg-type]
+        weights = Projecting(basis, DAMPING, 0.0, False).weights(before, axis, replace(few, journal=NoJournal()))
+        copied = replace(before, model=sharing_copy(before.model))
+        carry_out(copied, Decision(cut, weights))
+        found[choice] = perplexity(copied.model, measured, Progress()).value
+    return {"windows": len(measured), "perplexity": found, NOTE: told(found, len(measured))}
+
+
+def _is_part(part: Tensor, table: Tensor) -> bool:
+    """Whether a table is part of another, but for a factor."""
+    scale = table.float().norm() / part.float().norm().clamp(min=1e-30)
+    return part.shape == table.shape and torch.allclose(part.float() * scale, table.float(), rtol=1e-2, atol=1e-6)
 
 
 def told(found: Mapping[str, float], windows: int) -> str:

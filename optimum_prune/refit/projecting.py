@@ -36,6 +36,13 @@ class Basis:
     rotates: bool
     """Whether its columns are directions, and not features."""
 
+    @classmethod
+    def of_features(cls, kept: Sequence[int], features: int) -> Basis:
+        """One that selects some of so many features."""
+        matrix = torch.zeros(features, len(kept), dtype=torch.float64)
+        matrix[list(kept), torch.arange(len(kept))] = 1
+        return cls(matrix, False)
+
     @property
     def size(self) -> int:
         """How many features are left."""

@@ -14,6 +14,7 @@ from optimum_prune import Calibration, Cuts, Decoder, Depth, Osscar, Pruner, Rec
 from optimum_prune import testing as conformance
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
 from optimum_prune.builtin.prune.experts import ExpertPruner
+from optimum_prune.builtin.prune.hidden import HiddenPruner
 from optimum_prune.builtin.prune.wanda import Wanda
 from optimum_prune.evaluation.perplexity import perplexity
 from optimum_prune.machine.progress import Progress
@@ -162,6 +163,30 @@ def test_every_report_has_them_alike_whether_weights_stay_on_disk_or_not(step, l
 def test_a_mixture_without_some_experts_has_them_too(checkpoints, text_file, tmp_path):
     (found,) = controls(report_of(checkpoints("mixtral"), text_file, tmp_path / "out", ExpertPruner(keep=3)))
     assert len(set(found.values())) > 1
+
+
+def test_features_of_hidden_states_have_them_too(checkpoints, text_file, tmp_path):
+    (found,) = controls(report_of(checkpoints("llama-tied"), text_file, tmp_path / "out", HiddenPruner(ratio=0.5)))
+    assert len(set(found.values())) == 4
+    rotated = report_of(checkpoints("llama"), text_file, tmp_path / "rotated", HiddenPruner(ratio=0.5))
+    assert controls(rotated) == []
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma2"])
+def test_features_into_which_nothing_is_written_are_the_best_choice(name, decoder, plugins):
+    axis, dead = decoder.hidden(), list(range(8))
+    for member in axis.members:
+        value, module = (
+            decoder.model.get_parameter(member.path).data,
+            decoder.model.get_submodule(member.path.rpartition(".")[0]),
+        )
+        if isinstance(module, torch.nn.Embedding) or (value.ndim > 1 and member.dim == 0):
+            value.index_fill_(member.dim, torch.tensor(dead), 0)
+    before, windows = Decoder(copy.deepcopy(decoder.model), decoder.family), tiny.windows(9)
+    outcome = conformance.pruned(HiddenPruner(size=24, keep="energy"), decoder, windows, plugins)
+    found = Control(before, decoder, outcome.cuts, ()).evidence(Calibration(windows))["perplexity"]
+    assert found["chosen"] == pytest.approx(found["dense"], rel=1e-3)
+    assert abs(found["random"] / found["dense"] - 1) > 1e-2
 
 
 def test_where_nothing_is_to_be_measured_they_are_not(llama, text_file, tmp_path):

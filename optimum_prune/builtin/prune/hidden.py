@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-
 from optimum_prune.anatomy.axis import Axis
 from optimum_prune.anatomy.shape import AxisShape, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
@@ -130,9 +128,8 @@ class HiddenPruner(PrunePass):
         if self.keep != "energy" and not why_not:
             return principal_directions(decoder, calibration, axis)[:, :size].contiguous(), tuple(range(size)), True
         best = energies(decoder, calibration, axis).sort(descending=True, stable=True).indices[:size].sort().values
-        matrix = torch.zeros(axis.units, size, dtype=torch.float64)
-        matrix[best, torch.arange(size)] = 1
-        return matrix, tuple(best.tolist()), False
+        kept = tuple(best.tolist())
+        return Basis.of_features(kept, axis.units).matrix, kept, False
 
 
 @hookimpl
