@@ -65,7 +65,7 @@ class Wanda(PrunePass):
         return shape
 
     def remark(self, _: Shape) -> str:
-        return SPARSE
+        return f"{SPARSE[0].upper()}{SPARSE[1:]}."
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         return sparsifying_cost(shape, work, self.protect)
