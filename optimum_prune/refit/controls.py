@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder, DecoderLayer
     from optimum_prune.anatomy.shape import Shape
     from optimum_prune.calibration.calibration import Calibration
+    from optimum_prune.text.windows import Windows
 
 FITTED = 4
 """Windows that is refitted on, at most."""
@@ -76,7 +77,7 @@ class Control:
                 for path, there in zeros.items()
             }
         found = Comparison(self.before, self.decided).perplexities(cuts, calibration, masks)
-        windows = len(split(calibration.windows)[1])
+        windows = len(_few(calibration.windows)[1])
         return {"windows": windows, "perplexity": found, NOTE: told(found, windows)}
 
     def _zeros(self) -> dict[str, Tensor]:
@@ -113,8 +114,7 @@ class Comparison:
         Args:
             masks: of each cut, where matrices become zero, by their names.
         """
-        fitted, measured = split(calibration.windows)
-        fitted = fitted.part(slice(FITTED), slice(LENGTH))
+        fitted, measured = _few(calibration.windows)
         streams = _Streams(calibration.on(fitted), calibration.on(measured), self.model, list(cuts))
         for layer in calibration.track(self.model.layers, "Comparing, layer by layer"):
             with held(layer.module):
@@ -164,6 +164,12 @@ class Comparison:
         return weights
 
 
+def _few(windows: Windows) -> tuple[Windows, Windows]:
+    """Windows to refit on, and others to measure on."""
+    fitted, measured = split(windows)
+    return fitted.part(slice(FITTED), slice(LENGTH)), measured
+
+
 def _others(zeros: Tensor, scores: Tensor) -> Tensor:
     """As many zeros chosen otherwise; of experts that lie in one tensor, in each."""
     flat = zeros.flatten(0, -2)
@@ -208,8 +214,8 @@ def features_controls(
     tables = [decoder.model.get_input_embeddings().weight.detach() for decoder in (before, after)]
     if axis is None or not _is_part(tables[0][:, list(kept)], tables[1]):
         return {}
-    fitted, measured = split(calibration.windows)
-    few = calibration.quiet().on(fitted.part(slice(FITTED), slice(LENGTH)))
+    fitted, measured = _few(calibration.windows)
+    few = calibration.quiet().on(fitted)
     chosen = {"chosen": cuts, "random": chosen_otherwise(before, cuts, at_random(seed))}
     chosen["magnitude"] = chosen_otherwise(before, cuts, by_magnitude())
     found = {"dense": perplexity(before.model, measured, Progress()).value}

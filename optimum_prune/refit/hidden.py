@@ -78,6 +78,7 @@ class _Layer:
 
     def __init__(self, projecting: Projecting, visit: LayerVisit, axis: Axis, reduced: Stream) -> None:
         self._how, self._visit, self._reduced = projecting, visit, reduced
+        self._features = axis.units
         members = self._members = local_members(axis, visit.layer.prefix)
         self.layer = with_fewer_features(visit.layer, axis, projecting.basis.size)
         self._norms = norms_of(visit.layer.module, members)
@@ -120,8 +121,11 @@ class _Layer:
 
     def _gains(self) -> dict[str, Tensor]:
         """Of what reads behind a norm, the gains of that norm."""
-        behind = read_behind(self._visit, self._norms, self._readers(*BLOCKS))
-        return {path: gain(self._visit.layer.part(norm)) for path, norm in behind.items()}
+        return {path: gain(self._visit.layer.part(norm)) for path, norm in self._norms_in_front(*BLOCKS).items()}
+
+    def _norms_in_front(self, *blocks: str) -> dict[str, str]:
+        """Of what reads behind a norm in some blocks, that norm."""
+        return read_behind(self._visit, self._norms, self._readers(*blocks))
 
     def _readers(self, *blocks: str) -> list[str]:
         """The modules of some blocks that read hidden states."""
@@ -163,21 +167,24 @@ class _Layer:
 
     def _read(self, block: str) -> dict[str, Tensor]:
         """New weights of what reads hidden states in a block."""
-        paths = self._readers(block)
-        sums: dict[str, Reading] = {}
-        for batch, before, after in self._pairs(paths):
-            for path in paths:
-                if path not in sums:
-                    sums[path] = Reading(after[path].shape[-1], before[path].shape[-1], after[path].device)
-                sums[path].add(batch.unpadded(after[path]), batch.unpadded(before[path]))
+        paths, norms = self._readers(block), self._norms_in_front(block)
+        inputs = {path: norms.get(path, path) for path in paths}  # what reads behind one norm has sums in common
+        size, device = self._how.basis.size, next(self.layer.module.parameters()).device
+        sums = {name: Reading(size, self._features, device) for name in inputs.values()}
+        first = {name: path for path, name in reversed(inputs.items())}
+        for batch, before, after in self._pairs(list(first.values())):
+            for name, path in first.items():
+                sums[name].add(batch.unpadded(after[path]), batch.unpadded(before[path]))
         found = {}
         for member in self._members:
             path = member.path.rpartition(".")[0]
-            if path in sums and reads(self.layer.part(path), self.layer.module.get_parameter(member.path), member.dim):
+            if path in inputs and reads(
+                self.layer.part(path), self.layer.module.get_parameter(member.path), member.dim
+            ):
                 old, new = (
                     part.module.get_parameter(member.path).detach() for part in (self._visit.layer, self.layer)
                 )
-                found[member.path] = sums[path].fitted(old, new, member.dim, self._how.damping)
+                found[member.path] = sums[inputs[path]].fitted(old, new, member.dim, self._how.damping)
         return found
 
     def _written(self, block: str) -> dict[str, Tensor]:

@@ -69,7 +69,8 @@ class Reading:
 
     def fitted(self, old: Tensor, new: Tensor, dim: int, damping: float) -> Tensor:
         """The matrix that computes best from the projected what the old one does: a ridge regression towards the new one."""
-        gram, cross = self._gram.exact, self._cross.value.to(self._gram.exact.device)
+        gram = self._gram.exact
+        cross = self._cross.value.to(gram.device)
         factor = cholesky(damp(gram.clone(), damping))
         before, start = (value.to(gram.device).double().movedim(dim, -1) for value in (old, new))
         lack = before.flatten(0, -2) @ cross.T - start.flatten(0, -2) @ gram

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 S = TypeVar("S", bound=Statistic)
 
 SPARSE = "zeros are stored and multiplied like all other weights, so neither size nor speed changes until an engine makes use of them"
+REMARK = f"{SPARSE[0].upper()}{SPARSE[1:]}."
 BLOCK = 128
 """Columns behind which the rest of a matrix is updated at once."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -70,8 +69,8 @@ def prune(
         controls = {} if dense is None else _controls(Control(dense, decoder, cuts, decided), calibration)
         del dense
     _check_foreseen(step, before, decoder.shape())
-    known = Outcome(step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory)
-    outcome = replace(known, cuts=cuts, evidence=tuple(evidence), controls=controls)
+    spent = (meter.seconds, meter.peak_memory)
+    outcome = Outcome(step.name, step.stage, as_plain(step), *spent, cuts, tuple(evidence), controls=controls)
     if processes.first():
         pass_finished(plugins, outcome, calibration.progress)
     return outcome

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from optimum_prune.anatomy.matrices import Matrix
+from optimum_prune.calibration.inputs import summed_inputs
 from optimum_prune.calibration.stand_ins import StandIn, layers_replaced
 from optimum_prune.calibration.statistics import SquaredNorms
 from optimum_prune.evaluation.losses import next_token_losses
@@ -20,8 +22,6 @@ from optimum_prune.selection.bernoulli import WHOLE, Kind
 if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder
     from optimum_prune.calibration.calibration import Calibration
-    from optimum_prune.calibration.stream import Batch
-    from optimum_prune.calibration.visit import Hearer
     from optimum_prune.text.windows import Windows
 
 
@@ -92,19 +92,11 @@ def structured_metric(decoder: Decoder, calibration: Calibration, kinds: Mapping
     found: dict[tuple[int, str], Tensor] = {}
     wanted = {(index, axis): count for kind in kinds.values() for index, axis, count in kind.places}
     for visit in calibration.walk(decoder, "Metric, layer by layer"):
-        for name, axis in visit.layer.axes.items():
-            if (visit.index, name) not in wanted:
-                continue
-            weight = visit.layer.projection(axis.output).maps[0]
-            norms = SquaredNorms(weight.shape[1], weight.device)
-            visit.listen([(axis.output.rpartition(".")[0], _adding(norms))])
+        axes = {name: axis for name, axis in visit.layer.axes.items() if (visit.index, name) in wanted}
+        outputs = [Matrix(axis.output, axis.output.rpartition(".")[0]) for axis in axes.values()]
+        summed = summed_inputs(visit, outputs, SquaredNorms) if outputs else {}
+        for name, axis in axes.items():
+            (weight,), (norms,) = visit.layer.projection(axis.output).maps, summed[axis.output]
             scores = weight.double().abs().mean(0).cpu() * norms.value.sqrt().cpu()
             found[visit.index, name] = scores.view(wanted[visit.index, name], -1).mean(1)
     return {name: torch.cat([found[index, axis] for index, axis, _ in kind.places]) for name, kind in kinds.items()}
-
-
-def _adding(norms: SquaredNorms) -> Hearer:
-    def add(batch: Batch, _: nn.Module, args: tuple[Any, ...], __: Mapping[str, Any]) -> None:
-        norms.add(batch.unpadded(args[0]))
-
-    return add

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from optimum_prune.anatomy.axis import Axis, Units
 from optimum_prune.anatomy.shape import BLOCKS
+from optimum_prune.selection.sparsity import lowest_of_rows
 from optimum_prune.surgery.cuts import Cuts
 
 if TYPE_CHECKING:
@@ -125,18 +126,8 @@ def zeros_otherwise(zeros: Bool[Tensor, "out in"], scores: Float[Tensor, "out in
     for size in GROUPS:
         counts = zeros.view(rows, -1, size).sum(-1) if inputs % size == 0 else None
         if counts is not None and (counts == counts[0, 0]).all():
-            return _lowest(scores.view(rows, -1, size), counts[..., None]).view(rows, inputs)
-    return _lowest(scores, zeros.sum(-1, keepdim=True))
-
-
-def _lowest(scores: Float[Tensor, "... n"], counts: Tensor) -> Bool[Tensor, "... n"]:
-    """True at so many of the lowest of each row."""
-    places = scores.argsort(dim=-1, stable=True).argsort(dim=-1)
-    return places < counts
-
-
-Zeros = Mapping[str, "Bool[Tensor, 'out in']"]
-"""Where matrices are zero, by their names in the model."""
+            return lowest_of_rows(scores.view(rows, -1, size), counts[..., None]).view(rows, inputs)
+    return lowest_of_rows(scores, zeros.sum(-1, keepdim=True))
 
 
 def zeros_made(layer: DecoderLayer, before: DecoderLayer) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from optimum_prune.errors import RecipeError
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
     from optimum_prune.anatomy.shape import Shape
@@ -79,15 +79,15 @@ class Sparsity:
     def lowest(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
         """True where a weight goes: the lowest of each row, or of each `of` consecutive inputs of it."""
         if not self.of:
-            return _lowest(scores, int(scores.shape[1] * self.ratio))
+            return lowest_of_rows(scores, int(scores.shape[1] * self.ratio))
         groups = scores.view(len(scores), -1, self.of)
-        return _lowest(groups, self.of - self.stay).flatten(1)
+        return lowest_of_rows(groups, self.of - self.stay).flatten(1)
 
     def lowest_of_all(self, scores: Float[Tensor, "out some"]) -> Bool[Tensor, "out some"]:
         """The same, with all of the scores compared with one another where there is no pattern."""
         if self.of:
             return self.lowest(scores)
-        return _lowest(scores.flatten(), int(scores.numel() * self.ratio)).view_as(scores)
+        return lowest_of_rows(scores.flatten(), int(scores.numel() * self.ratio)).view_as(scores)
 
     def lowest_by_mass(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:
         """True where a weight goes: of each row, the lowest that together have at most a share of its scores.
@@ -106,7 +106,8 @@ class Sparsity:
         return torch.zeros_like(gone).scatter_(1, order, gone)
 
 
-def _lowest(scores: Float[Tensor, "... n"], count: int) -> Bool[Tensor, "... n"]:
-    """True at the lowest of each row; of those that are alike, the first."""
-    order = scores.argsort(dim=-1, stable=True)[..., :count]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+def lowest_of_rows(scores: Float[Tensor, "... n"], counts: int | Int[Tensor, "... 1"]) -> Bool[Tensor, "... n"]:
+    """True at the lowest of each row, so many of all or of each; of those that are alike, the first."""
+    order = scores.argsort(dim=-1, stable=True)
+    first = torch.arange(scores.shape[-1], device=scores.device) < counts
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, first.expand_as(order))

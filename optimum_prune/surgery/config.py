@@ -163,8 +163,7 @@ def follow_hidden(decoder: Decoder, axis: Axis, units: int) -> None:
     from accelerate import init_empty_weights
 
     text = decoder.config
-    for name, value in {**axis.pinned, **{name: units * times for name, times in axis.fields.items()}}.items():
-        setattr(text, name, value)
+    _say_features(text, axis, units)
     try:
         with init_empty_weights(include_buffers=False):
             afresh = type(decoder.model)(copy.deepcopy(decoder.model.config))
@@ -189,8 +188,7 @@ def follow_hidden(decoder: Decoder, axis: Axis, units: int) -> None:
 def follow_features(layer: DecoderLayer, axis: Axis, units: int) -> None:
     """Lets the modules of a decoder layer know how many features of hidden states they have; the config stays as it is."""
     config = copy.copy(layer.config)
-    for name, value in {**axis.pinned, **{name: units * times for name, times in axis.fields.items()}}.items():
-        setattr(config, name, value)
+    _say_features(config, axis, units)
     with torch.device("meta"):
         afresh = type(layer.module)(config, layer.index)
     for name, module in layer.module.named_modules():
@@ -198,6 +196,12 @@ def follow_features(layer: DecoderLayer, axis: Axis, units: int) -> None:
             held = getattr(module, attribute, None)
             if (held, value) in ((axis.units, units), ((axis.units,), (units,))):
                 setattr(module, attribute, value)
+
+
+def _say_features(config: PreTrainedConfig, axis: Axis, units: int) -> None:
+    """Makes a config say another size of the hidden states, and what it would compute from that."""
+    for name, value in {**axis.pinned, **{name: units * times for name, times in axis.fields.items()}}.items():
+        setattr(config, name, value)
 
 
 def _adopt(module: nn.Module, afresh: nn.Module, kinds: tuple[type, ...]) -> None:

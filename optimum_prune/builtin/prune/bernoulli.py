@@ -153,7 +153,7 @@ class Bernoulli(PrunePass):
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         step = work.on(max(1, self.batch // min(LENGTH, work.length)), min(LENGTH, work.length))
-        steps = self.steps or (max(1, (self.tokens or 0) // (self.masks * step.tokens)) if self.tokens else STEPS)
+        steps = STEPS if self.minutes else self._most(work.length)
         runs = step.run_all(shape.layers, step.tokens, self.masks * steps)
         learned = runs.followed_by(losses_cost(step, step.tokens, step.tokens, self.masks * steps))
         narrowing = Narrowing(self.damping)
@@ -235,8 +235,9 @@ class Bernoulli(PrunePass):
         """The probabilities in the end, and the mean loss of the masks of each step."""
         state, baseline, losses, spent = dict(start), Baseline(), list[float](), 0.0
         with Masked(decoder, kinds).ready() as masked:
-            for number in calibration.track(range(self._most(calibration)), "Learning masks"):
-                done = spent / (60 * self.minutes) if self.minutes else number / self._most(calibration)
+            most = self._most(calibration.windows.length)
+            for number in calibration.track(range(most), "Learning masks"):
+                done = spent / (60 * self.minutes) if self.minutes else number / most
                 if done >= 1:
                     break
                 step = partial(self._step, masked, calibration, (state, baseline), number, done)
@@ -245,11 +246,11 @@ class Bernoulli(PrunePass):
                 losses, spent = [*losses, made["loss"]], spent + made["seconds"]
         return state, losses
 
-    def _most(self, calibration: Calibration) -> int:
-        """How many steps there are at most."""
+    def _most(self, length: int) -> int:
+        """How many steps there are at most, on windows of so many tokens."""
         if self.minutes:
             return 10**9
-        length = min(LENGTH, calibration.windows.length)
+        length = min(LENGTH, length)
         each = max(1, self.batch // length) * length * self.masks
         return self.steps or (max(1, self.tokens // each) if self.tokens else STEPS)
 

@@ -118,10 +118,9 @@ class ExpertPruner(PrunePass):
                 few,
                 shape,
                 index,
-                [(_seeing_cost(fitted, layer), len(trial.sizes)) for trial in self._trials(index, *pair)],
+                [(_seeing_cost(fitted, pair[0]), len(trial.sizes)) for trial in self._trials(index, *pair)],
             )
             for index, pair in enumerate(pairs)
-            for layer in pair[:1]
         ]
         return Cost().followed_by(*trials).with_memory(work.stored_states() + few.states(6)).followed_by(walk)
 

@@ -20,7 +20,7 @@ from optimum_prune.hooks.marker import hookimpl
 from optimum_prune.options import option
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
-from optimum_prune.refit.sparsifying import SPARSE, Sparsifying, sparsifying_cost
+from optimum_prune.refit.sparsifying import REMARK, Sparsifying, sparsifying_cost
 from optimum_prune.selection.sparsity import Sparsity
 from optimum_prune.selection.targets import check_named_once, check_protected
 
@@ -65,7 +65,7 @@ class Wanda(PrunePass):
         return shape
 
     def remark(self, _: Shape) -> str:
-        return f"{SPARSE[0].upper()}{SPARSE[1:]}."
+        return REMARK
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         return sparsifying_cost(shape, work, self.protect)
