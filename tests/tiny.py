@@ -310,6 +310,16 @@ def windows(count: int = 5, length: int = 24, seed: int = 0, padded: bool = Fals
     return Windows(tokens, mask, "random tokens")
 
 
+def spoken(model: PreTrainedModel, count: int, length: int = 48, sharpness: float = 3.0) -> Windows:
+    """Text that a model itself speaks, so that it loses by losing parts; the sharper, the less is by chance."""
+    tokens, generator = torch.full((count, 1), BOS), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        while tokens.shape[1] < length:
+            last = model(tokens, use_cache=False).logits[:, -1].mul(sharpness).softmax(-1)
+            tokens = torch.cat([tokens, last.multinomial(1, generator=generator)], 1)
+    return Windows.from_tokens(tokens)
+
+
 def save(family: str, folder: Path, *, bos: bool = True, seed: int = 0, **saving: Any) -> Path:
     """A whole checkpoint: weights, config and tokenizer."""
     model(family, seed).save_pretrained(folder, **saving)

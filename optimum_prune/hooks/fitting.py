@@ -58,6 +58,8 @@ def check_pass(step: type[Pass], plugin: str) -> None:
         method = getattr(step, name, None)
         if method is None:
             continue
+        if name == "decide" and step.trains:
+            wanted = (*wanted, "lesson")
         taken = tuple(inspect.signature(method).parameters)[1:]
         if len(taken) != len(wanted):
             raise PluginError(

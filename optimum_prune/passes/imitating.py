@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from optimum_prune.options import option
-from optimum_prune.passes.trained import TOKENS, TrainedPass
+from optimum_prune.passes.trained import TrainedPass
+from optimum_prune.passes.training import TOKENS
 from optimum_prune.training.objectives import Imitation
 from optimum_prune.training.predictions import Asked, Place, Precomputed
 

@@ -46,7 +46,7 @@ class PrunePass(Pass):
         """Yields decisions; each is carried out on the model before the next is asked for.
 
         A pass that looks at one layer at a time can therefore yield a decision for a layer and go on with the stream of
-        the model as it is after that cut. The pass itself changes nothing.
+        the model as it is after that cut. The pass itself changes nothing. One that `trains` is given a `Lesson` as a third argument.
 
         Of a run that was killed, a pass that was not done is decided again; `calibration.once` spares it what it had computed by then.
         """

@@ -42,6 +42,8 @@ FITTED = 4
 """Windows that is refitted on, at most."""
 DAMPING = 0.01
 OTHERS = ("random", "magnitude")
+ALIKE = 0.9
+"""The cosine of features that were trained and those that they were; of directions and features, it is small."""
 
 
 @dataclass(frozen=True)
@@ -204,12 +206,13 @@ class _Streams:
 def features_controls(
     before: Decoder, after: Decoder, cuts: Cuts, calibration: Calibration, seed: int
 ) -> dict[str, Any]:
-    """The same for features of hidden states, where those of the model stay: norms are rescaled for each choice, and nothing is refitted.
+    """The same for features of hidden states, where those of the model stay, and whatever else goes with them: norms are rescaled for
+    each choice, and nothing is refitted.
 
     Returns:
         Nothing where hidden states were rotated: no choice of features comes to the same.
     """
-    ((_, name),) = cuts.units
+    ((_, name),) = (place for place in cuts.units if place[0] is None)
     axis, kept = before.hidden(), cast("Sequence[int]", cuts.kept(None, name))
     tables = [decoder.model.get_input_embeddings().weight.detach() for decoder in (before, after)]
     if axis is None or not _is_part(tables[0][:, list(kept)], tables[1]):
@@ -223,15 +226,19 @@ def features_controls(
         basis = Basis.of_features(cut.kept(None, name), axis.units)  # type: ignore[arg-type]
         weights = Projecting(basis, DAMPING, 0.0, False).weights(before, axis, replace(few, journal=NoJournal()))
         copied = replace(before, model=sharing_copy(before.model))
-        carry_out(copied, Decision(cut, weights))
+        carry_out(copied, Decision(Cuts.along(name, {None: cut.kept(None, name)}), weights))
+        others = {place: units for place, units in cut.units.items() if place[0] is not None}
+        carry_out(copied, Decision(replace(cut, units=others)))
         found[choice] = perplexity(copied.model, measured, Progress()).value
     return {"windows": len(measured), "perplexity": found, NOTE: told(found, len(measured))}
 
 
 def _is_part(part: Tensor, table: Tensor) -> bool:
-    """Whether a table is part of another, but for a factor."""
-    scale = table.float().norm() / part.float().norm().clamp(min=1e-30)
-    return part.shape == table.shape and torch.allclose(part.float() * scale, table.float(), rtol=1e-2, atol=1e-6)
+    """Whether a table is part of another, but for a factor and for what training moves."""
+    if part.shape != table.shape:
+        return False
+    likeness = torch.nn.functional.cosine_similarity(part.float().flatten(), table.float().flatten(), dim=0)
+    return likeness.item() > ALIKE
 
 
 def told(found: Mapping[str, float], windows: int) -> str:

@@ -35,7 +35,7 @@ class Ends:
 
     def weights(self, dense: Stream, reduced: Stream) -> dict[str, Tensor]:
         """New values, from the hidden states behind the last layer, of the model as it was and of the projected one."""
-        scale, tied = self._embedding_scale(), self._last is self._table
+        scale, tied = embedding_scale(self.decoder, self.axis.units, self.basis.size), self._last is self._table
         found = {member.path: self._projected(member, scale) for member in self._members}
         norms = norms_of(self.decoder.model, self._members)
         if not norms:
@@ -98,13 +98,11 @@ class Ends:
         follow_size(copied, self.axis.units, self.basis.size)
         return copied
 
-    def _embedding_scale(self) -> float:
-        """By what embeddings are to grow where a model multiplies them by the root of the number of features."""
-        scales = (
-            hasattr(self.decoder.model.get_input_embeddings(), "embed_scale")
-            or "gemma" in self.decoder.config.model_type
-        )
-        return float((self.axis.units / self.basis.size) ** 0.5) if scales else 1.0
+
+def embedding_scale(decoder: Decoder, features: int, left: int) -> float:
+    """By what embeddings are to grow where a model multiplies them by the root of the number of features."""
+    scales = hasattr(decoder.model.get_input_embeddings(), "embed_scale") or "gemma" in decoder.config.model_type
+    return float((features / left) ** 0.5) if scales else 1.0
 
 
 def _normed(original: nn.Module, norm: nn.Module, dense: Stream, reduced: Stream) -> Iterator[tuple[Tensor, Tensor]]:

@@ -110,7 +110,7 @@ def seen(
         found[path] = args[0] if args else kwargs["hidden_states"]
 
     def behind(path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
-        found[path] = output
+        found[path] = output[0] if isinstance(output, tuple) else output
 
     with ExitStack() as stack:
         for path in paths:
@@ -138,6 +138,23 @@ def read_behind(visit: LayerVisit, norms: Sequence[str], readers: Sequence[str])
             for path, value in reached.items()
         }
         return {path: same[0] for path, same in pairs.items() if same}
+
+    return processes.broadcast_from_first(found)
+
+
+def norms_behind(layer: DecoderLayer, batch: Batch, hidden: Tensor, norms: Sequence[str]) -> dict[str, str]:
+    """Of the blocks of a layer whose outputs go through a norm before they are added, that norm."""
+
+    def found() -> dict[str, str]:
+        last = {block: layer.modules_of(block)[-1] for block in layer.blocks}
+        left = seen(layer, batch, hidden, list(last.values()), outputs=True)
+        reached = seen(layer, batch, hidden, norms)
+        return {
+            block: norm
+            for block, path in last.items()
+            for norm, value in reached.items()
+            if left[path].flatten().equal(value.flatten())
+        }
 
     return processes.broadcast_from_first(found)
 

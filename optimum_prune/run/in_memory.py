@@ -111,10 +111,11 @@ def _changed_and_saved(run: Run, models: Models) -> _Saved:
 
 def _carried_out(step: Pass, decoder: Decoder, calibration: Calibration, run: Run, models: Models) -> Outcome:
     """Carries out a pass as its stage says; the class of every pass fits its stage."""
+    lesson = run.lesson(step)
     if step.stage is Stage.PRUNE:
         measured = run.texts.evaluation is not None
-        return prune(cast(PrunePass, step), decoder, calibration, run.plugins, models, controlled=measured)
-    return recover(cast(RecoverPass, step), decoder, calibration, run.plugins, models, run.lesson(step))
+        return prune(cast(PrunePass, step), decoder, calibration, run.plugins, models, lesson, controlled=measured)
+    return recover(cast(RecoverPass, step), decoder, calibration, run.plugins, models, lesson)
 
 
 def _is_spread(model: PreTrainedModel) -> bool:

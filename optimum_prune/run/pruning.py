@@ -29,6 +29,7 @@ from optimum_prune.surgery import operation
 from optimum_prune.surgery.config import sync_config
 from optimum_prune.surgery.cuts import Cuts, Decision
 from optimum_prune.surgery.decisions import check_decision
+from optimum_prune.training.lesson import Lesson, let_go
 
 SURPRISE = 0.05
 """By this fraction of a model's parameters, a pass may leave more or less than it foresaw."""
@@ -40,6 +41,7 @@ def prune(
     calibration: Calibration,
     plugins: Plugins,
     models: Models | None = None,
+    lesson: Lesson | None = None,
     *,
     controlled: bool = False,
 ) -> Outcome:
@@ -47,6 +49,7 @@ def prune(
 
     Args:
         models: where the model's weights are from, and lie.
+        lesson: for a pass that trains.
         controlled: whether the choice is measured beside others.
 
     Raises:
@@ -59,7 +62,7 @@ def prune(
     before, untouched = decoder.shape(), Untouched(decoder.model, weights)
     dense = models.as_it_is(decoder) if models is not None and controlled else None
     with Meter() as meter:
-        cuts, evidence, decided = _cut(step, decoder, calibration, weights)
+        cuts, evidence, decided = _cut(step, decoder, calibration, weights, lesson)
         if models is not None:
             models.check()
             models.follow(cuts)
@@ -68,6 +71,7 @@ def prune(
         decoder.model.eval()  # whatever the pass left it in
         controls = {} if dense is None else _controls(Control(dense, decoder, cuts, decided), calibration)
         del dense
+        let_go(lesson)
     _check_foreseen(step, before, decoder.shape())
     spent = (meter.seconds, meter.peak_memory)
     outcome = Outcome(step.name, step.stage, as_plain(step), *spent, cuts, tuple(evidence), controls=controls)
@@ -77,11 +81,15 @@ def prune(
 
 
 def _cut(
-    step: PrunePass, decoder: Decoder, calibration: Calibration, weights: MappedWeights | None
+    step: PrunePass,
+    decoder: Decoder,
+    calibration: Calibration,
+    weights: MappedWeights | None,
+    lesson: Lesson | None,
 ) -> tuple[Cuts, list[Mapping[str, Any]], set[str]]:
     """Carries out the decisions of a pass: all cuts, why, and the names of the parameters that got new values."""
     cuts, evidence, decided = Cuts(), [], set[str]()
-    journal, decide = journal_of(calibration), partial(_decisions, step, decoder, calibration)
+    journal, decide = journal_of(calibration), partial(_decisions, step, decoder, calibration, lesson)
     for decision in decide() if journal is None else journal.decisions(step.name, decide):
         processes.agreed(decision.cuts)
         _carry_out(step, decoder, decision)
@@ -112,13 +120,16 @@ def _carry_out(step: PrunePass, decoder: Decoder, decision: Decision) -> None:
         raise SurgeryError(f"The pass '{step.name}' decided what cannot be carried out: {error}") from error
 
 
-def _decisions(step: PrunePass, decoder: Decoder, calibration: Calibration) -> Iterator[Decision]:
+def _decisions(
+    step: PrunePass, decoder: Decoder, calibration: Calibration, lesson: Lesson | None
+) -> Iterator[Decision]:
     """The decisions of a pass, which runs guarded.
 
     Raises:
         PassError: it yields something else, or evidence that is no plain data.
     """
-    for made in guarded_steps(f"The pass '{step.name}'", partial(step.decide, decoder, calibration)):
+    given: tuple[Any, ...] = (decoder, calibration) if lesson is None else (decoder, calibration, lesson)
+    for made in guarded_steps(f"The pass '{step.name}'", partial(step.decide, *given)):
         check_decision(made, step.name)
         plain_evidence(made.evidence, step.name)
         yield made

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,6 +24,7 @@ from optimum_prune.run.fingerprints import tensor_fingerprint
 from optimum_prune.run.journal import journal_of
 from optimum_prune.run.models import Models
 from optimum_prune.run.untouched import only_looked_at
+from optimum_prune.training.lesson import let_go
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,8 +59,7 @@ def recover(
     with Meter() as meter:
         found = carry_out() if journal is None else journal.result(step.name, carry_out)
         _put_in(decoder.model, found["weights"], models)
-        if lesson is not None and processes.first():
-            shutil.rmtree(lesson.folder, ignore_errors=True)
+        let_go(lesson)
     outcome = Outcome(
         step.name, step.stage, as_plain(step), meter.seconds, meter.peak_memory, evidence=(found["evidence"],)
     )

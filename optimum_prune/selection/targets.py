@@ -38,6 +38,53 @@ def check_protected(step: str, protect: Collection[int], shape: Shape) -> None:
         raise RecipeError(f"{step} is to protect every layer, so there is nothing to prune. Leave some out.")
 
 
+def hidden_axis(step: str, shape: Shape) -> AxisShape:
+    """The axis of the features of hidden states.
+
+    Raises:
+        RecipeError: there is none; naming the pass.
+    """
+    axis = next((axis for axis in shape.rest.axes if axis.name == "hidden"), None)
+    if axis is None:
+        raise RecipeError(
+            f"{step} is to make hidden states narrower, and the config of this architecture cannot say another size. Use another pass."
+        )
+    return axis
+
+
+def sizes_of(axis: AxisShape) -> list[int]:
+    """The smaller numbers of units that a config can say and kernels take."""
+    return [count for count in axis.fewer if count % axis.multiple == 0]
+
+
+def check_size(step: str, option: str, size: int, axis: AxisShape) -> None:
+    """Refuses a number of units that cannot be said.
+
+    Args:
+        option: of the pass, in which it was given.
+
+    Raises:
+        RecipeError: naming the nearest that can be.
+    """
+    sizes = sizes_of(axis)
+    if size in sizes:
+        return
+    if size >= axis.units or not sizes:
+        raise RecipeError(
+            f"{step} has {option} {size}, and there are {axis.units} {axis.units_are}"
+            + (
+                ". Ask for fewer."
+                if sizes
+                else f", of which the config of this architecture can say no fewer. Leave {option} out."
+            )
+        )
+    near = sorted(sizes, key=lambda count: (abs(count - size), count))[:2]
+    raise RecipeError(
+        f"{step} has {option} {size}, and of {axis.units} {axis.units_are} the config of this architecture cannot say that so many stay, since "
+        f"its sizes have to go together. The nearest that it can say: {' and '.join(map(str, sorted(near)))}."
+    )
+
+
 @dataclass(frozen=True)
 class Target:
     """Which layers are narrowed, along the axes in front of the output of which block, and to multiples of what.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,18 +22,28 @@ from optimum_prune.passes.outcome import Outcome
 from optimum_prune.passes.prune import PrunePass
 from optimum_prune.run.pruning import prune
 from optimum_prune.surgery.config import sync_config
-from optimum_prune.surgery.cuts import Cuts
+from optimum_prune.surgery.cuts import Cuts, Decision
 from optimum_prune.surgery.operation import carry_out
 from optimum_prune.testing.models import generates_as_it_scores, logits, random_windows, reloads_exactly
+from optimum_prune.text.domains import apart
 from optimum_prune.text.windows import Windows
+from optimum_prune.training.lesson import Lesson
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 def pruned(step: PrunePass, decoder: Decoder, windows: Windows, plugins: Plugins) -> Outcome:
-    """A pruning pass carried out on a model in place, as a run does it."""
-    return prune(step, decoder, Calibration(windows), plugins)
+    """A pruning pass carried out on a model in place, as a run does it; one that trains is trained on the windows."""
+    with _lesson(step, windows) as lesson:
+        return prune(step, decoder, Calibration(windows), plugins, lesson=lesson)
+
+
+@contextmanager
+def _lesson(step: PrunePass, windows: Windows) -> Iterator[Lesson | None]:
+    """What a pass is trained on, if it is one that trains."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Lesson((apart("the windows", windows),), Path(folder) / step.name) if step.trains else None
 
 
 def check_pass(step: PrunePass, model: PreTrainedModel, folder: Path) -> Outcome:
@@ -67,7 +80,15 @@ def check_pass(step: PrunePass, model: PreTrainedModel, folder: Path) -> Outcome
 
 def _decided_alone(step: PrunePass, decoder: Decoder, windows: Windows) -> Cuts:
     """What a pass decides, which is carried out; it must change no weight itself."""
-    cuts, decisions = Cuts(), step.decide(decoder, Calibration(windows))
+    with _lesson(step, windows) as lesson:
+        decide: Callable[..., Iterator[Decision]] = step.decide
+        given = (decoder, Calibration(windows), *([] if lesson is None else [lesson]))
+        return _carried_out(decoder, decide(*given))
+
+
+def _carried_out(decoder: Decoder, decisions: Iterator[Decision]) -> Cuts:
+    """The cuts of decisions, when they are carried out."""
+    cuts = Cuts()
     while True:
         before = {name: value.detach().clone() for name, value in decoder.model.named_parameters()}
         decision = next(decisions, None)

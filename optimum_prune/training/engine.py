@@ -133,14 +133,21 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers declares no types
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._watch.course.share)
         return self.lr_scheduler
 
+    def create_optimizer(self, *arguments: Any) -> Optimizer:
+        made: Optimizer = super().create_optimizer(*arguments)
+        self._watch.student.regroup(made)
+        return made
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Tensor:
         """The loss of some windows of the step at hand."""
-        windows = self._watch.mixture.of_step(self.state.global_step)
+        step, student = self.state.global_step, self._watch.student
+        student.begin(step, self._watch.course.part(step))
+        windows = self._watch.mixture.of_step(step)
         places = [windows[position % self._schedule.windows] for position in inputs["positions"].tolist()]
         batch = self._lesson.batch(places, self.args.device)
 
         def run(batch: TrainingBatch, **keywords: Any) -> Any:
-            with self._watch.student.computing():
+            with student.computing():
                 return model(input_ids=batch.tokens, use_cache=False, **keywords)
 
         part = len(places) / len(windows) * self._lesson.counted(windows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from optimum_prune.evaluation.perplexity import perplexity
+from optimum_prune.machine import processes
 from optimum_prune.machine.progress import Progress
 from optimum_prune.text.mixture import Mixture
 from optimum_prune.text.windows import Domain, Windows, joined
@@ -124,3 +126,9 @@ class Lesson:
         counted = torch.stack([windows.predicted[number] for windows, number in chosen])
         counted[:, 0] = False
         return TrainingBatch(tokens.long().to(device), counted.to(device), tuple(places))
+
+
+def let_go(lesson: Lesson | None) -> None:
+    """Removes what is kept of a training that is done."""
+    if lesson is not None and processes.first():
+        shutil.rmtree(lesson.folder, ignore_errors=True)

@@ -17,6 +17,7 @@ from optimum_prune.machine.whole_files import whole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from torch.optim import Optimizer
     from transformers import PreTrainedModel
 
 MANY_ZEROS = 0.25
@@ -71,8 +72,21 @@ class Student:
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=half):
             yield
 
+    # While it is trained
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may be kept as it is now."""
+        return True
+
+    def begin(self, step: int, part: float) -> None:
+        """A step begins, when a part of the training is behind."""
+
+    def regroup(self, optimizer: Optimizer) -> None:
+        """Lets an optimizer treat some of what is trained otherwise."""
+
     @torch.no_grad()
-    def keep_zeros(self) -> None:
+    def end_step(self) -> None:
         """Makes the weights zero that are to stay so."""
         for name, there in self._masked.items():
             self._trained[name].data.mul_(there)

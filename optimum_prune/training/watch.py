@@ -42,6 +42,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         self._schedule = schedule
         self._looks: list[tuple[int, float]] = []
         """Steps, and the held-out perplexity after them."""
+        self._early: list[int] = []
+        """Of these, steps after which the model may not be kept as it was then."""
         self._losses: list[tuple[int, float, float]] = []
         """Steps, the loss of each, and its learning rate."""
         self._moves: list[tuple[int, list[float], list[float]]] = []
@@ -80,7 +82,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
 
     def on_step_end(self, _: TrainingArguments, state: TrainerState, control: TrainerControl, **__: Any) -> None:
         """Looks how good the model is when it is time to, and decides whether to go on and whether to keep the state."""
-        self.student.keep_zeros()
+        self.student.end_step()
         step = state.global_step
         self.course.look_at_the_clock()
         part = self.course.part(step)
@@ -113,12 +115,16 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
     def _look(self, step: int) -> None:
         """Measures the held-out perplexity; the weights are kept if it is the best."""
         found = self._measured()
-        best = min((value for _, value in self._looks), default=math.inf)
+        ready = [value for each, value in self._looks if each not in self._early]
         self._looks.append((step, found))
         self.tell({"held_out_perplexity": found})
-        if step and found < best:
+        if step and not self.student.ready:
+            self._early.append(step)
+            return
+        if step and found < min(ready):
             self.student.keep(found, step)
-        since = len(self._looks) - 1 - min(range(len(self._looks)), key=lambda look: self._looks[look][1])
+        ready.append(found)
+        since = len(ready) - 1 - min(range(len(ready)), key=ready.__getitem__)
         if since >= self._schedule.patience:
             self._why = f"the held-out perplexity was no better in {since} looks"
 
@@ -152,6 +158,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
             "measuring": self._measuring,
             "mixture": self.mixture.state(),
             "looks": self._looks,
+            "early": self._early,
             "losses": self._losses,
             "moves": self._moves,
         }
@@ -162,6 +169,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         self._measuring = state["measuring"]
         self.mixture.load(state["mixture"])
         self._looks = [(step, value) for step, value in state["looks"]]
+        self._early = list(state["early"])
         self._losses = [(step, loss, rate) for step, loss, rate in state["losses"]]
         self._moves = [(step, losses, weights) for step, losses, weights in state["moves"]]
 

@@ -13,7 +13,7 @@ import tiny
 import torch
 from safetensors.torch import save_file
 
-from optimum_prune import Depth, Osscar, Progress, Windows
+from optimum_prune import Depth, Osscar, Progress
 from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.builtin.prune.bernoulli import Bernoulli
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
@@ -26,18 +26,6 @@ from optimum_prune.hooks.plugins import load
 from optimum_prune.machine import processes
 from optimum_prune.testing import pruned
 
-
-def spoken(family: str, count: int, length: int = 64) -> Windows:
-    """Text that a model itself speaks, which tells its layers apart."""
-    model, generator = tiny.model(family), torch.Generator().manual_seed(0)
-    tokens = torch.full((count, 1), tiny.BOS)
-    while tokens.shape[1] < length:
-        with torch.no_grad():
-            last = model(tokens, use_cache=False).logits[:, -1].softmax(-1)
-        tokens = torch.cat([tokens, last.multinomial(1, generator=generator)], 1)
-    return Windows.from_tokens(tokens)
-
-
 CASES = {
     "osscar-uniform": ("llama", Osscar(ratio=0.25, head_ratio=0.5), tiny.windows(5)),
     "osscar-padded": ("llama-tied", Osscar(ratio=0.25), tiny.windows(5, padded=True)),
@@ -45,8 +33,8 @@ CASES = {
     "osscar-norm-behind": ("gemma2", Osscar(ratio=0.25, allocation="global"), tiny.windows(6)),
     "mixture": ("qwen3_moe", Osscar(ratio=0.25), tiny.windows(5)),
     "mixture-shared": ("deepseek_v3", Osscar(ratio=0.25), tiny.windows(2, 8)),
-    "depth-racing": ("llama", Depth(layers=2), spoken("llama", 15)),
-    "depth-greedy": ("qwen2", Depth(layers=2, shape="greedy"), spoken("qwen2", 13)),
+    "depth-racing": ("llama", Depth(layers=2), tiny.spoken(tiny.model("llama"), 15, 64, 1)),
+    "depth-greedy": ("qwen2", Depth(layers=2, shape="greedy"), tiny.spoken(tiny.model("qwen2"), 13, 64, 1)),
     "depth-exact": ("llama", Depth(layers=2, search="exact"), tiny.windows(5, padded=True)),
     "depth-taylor": (
         "llama-tied",
@@ -54,7 +42,7 @@ CASES = {
         tiny.windows(5),
     ),
     "depth-angular": ("mistral", Depth(layers=2, criterion="angular"), tiny.windows(5)),
-    "block-pruner": ("llama", BlockPruner(blocks=3), spoken("llama", 13)),
+    "block-pruner": ("llama", BlockPruner(blocks=3), tiny.spoken(tiny.model("llama"), 13, 64, 1)),
     "wanda": ("llama", Wanda(ratio=0.5), tiny.windows(5, padded=True)),
     "sparsegpt": ("qwen3_moe", SparseGPT(pattern="2:4"), tiny.windows(5)),
     "experts": ("mixtral", ExpertPruner(keep=3), tiny.windows(5)),

@@ -16,6 +16,7 @@ from optimum_prune.builtin.prune.bernoulli import Bernoulli
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
 from optimum_prune.builtin.prune.experts import ExpertPruner
 from optimum_prune.builtin.prune.hidden import HiddenPruner
+from optimum_prune.builtin.prune.sheared import Sheared
 from optimum_prune.builtin.prune.sparsegpt import SparseGPT
 from optimum_prune.builtin.prune.wanda import Wanda
 from optimum_prune.calibration.calibration import Calibration
@@ -60,6 +61,7 @@ STEPS = [
     (SparseGPT(ratio=0.5),),
     (HiddenPruner(ratio=0.25),),
     (Bernoulli(ratio=0.25, steps=2),),
+    (Sheared(layers=5, width=48, steps=2, batch=64),),
 ]
 
 

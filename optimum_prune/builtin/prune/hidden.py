@@ -29,6 +29,7 @@ from optimum_prune.passes.prune import PrunePass
 from optimum_prune.refit.hidden import Projecting
 from optimum_prune.refit.principal import energies, obstacle_to_rotation, principal_directions
 from optimum_prune.refit.projecting import Basis
+from optimum_prune.selection.targets import check_size, hidden_axis, sizes_of
 from optimum_prune.surgery.cuts import Cuts, Decision
 
 if TYPE_CHECKING:
@@ -73,27 +74,17 @@ class HiddenPruner(PrunePass):
             raise RecipeError("hidden needs exactly one of 'size', 'ratio' and 'params'.")
 
     def foresee(self, shape: Shape) -> Shape:
-        axis = next((axis for axis in shape.rest.axes if axis.name == "hidden"), None)
-        if axis is None:
-            raise RecipeError(
-                "hidden is to make hidden states narrower, and the config of this architecture cannot say another size. Use another pass."
-            )
-        return shape.narrowed({"hidden": self._kept(axis, shape)})
+        return shape.narrowed({"hidden": self._kept(hidden_axis(self.name, shape), shape)})
 
     def _kept(self, axis: AxisShape, shape: Shape) -> int:
-        sizes = [count for count in axis.fewer if count % axis.multiple == 0]
+        sizes = sizes_of(axis)
         if not sizes:
             raise RecipeError(
                 f"hidden finds no smaller size than {axis.units} that the config of this architecture can say. Use another pass."
             )
         if self.size is not None:
-            if self.size in sizes:
-                return self.size
-            near = sorted(sizes, key=lambda count: (abs(count - (self.size or 0)), count))[:2]
-            raise RecipeError(
-                f"hidden has size {self.size}, and of {axis.units} features the config of this architecture cannot say that so many stay, since "
-                f"its sizes have to go together. The nearest that it can say: {' and '.join(map(str, sorted(near)))}."
-            )
+            check_size(self.name, "size", self.size, axis)
+            return self.size
         if self.ratio is not None:
             wanted = axis.units * (1 - self.ratio)
             return min(sizes, key=lambda count: abs(count - wanted))

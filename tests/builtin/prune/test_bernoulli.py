@@ -19,18 +19,6 @@ from optimum_prune.surgery.cuts import Cuts
 from optimum_prune.testing import check_pass, cut, pruned
 from optimum_prune.testing.models import logits
 
-
-def spoken(model, count: int, length: int = 48):
-    """Text that a model itself speaks, so that it loses by losing parts."""
-    tokens = torch.full((count, 1), tiny.BOS)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        while tokens.shape[1] < length:
-            last = model(tokens, use_cache=False).logits[:, -1].mul(3).softmax(-1)
-            tokens = torch.cat([tokens, last.multinomial(1, generator=generator)], 1)
-    return tiny.windows(1).from_tokens(tokens)
-
-
 GROUP = 16
 DEAD = {0: (1,), 2: (0, 3), 3: (2,), 5: (0, 1, 3)}
 """Layer -> groups of channels that put out nothing."""
@@ -52,7 +40,7 @@ def planted(decoder: Decoder, dead, axis: str) -> Decoder:
 def test_it_finds_channels_that_do_nothing(name, start, decoder, plugins):
     groups = {index: [group * GROUP + unit for group in gone for unit in range(GROUP)] for index, gone in DEAD.items()}
     planted(decoder, groups, "channels")
-    windows = spoken(decoder.model, 12)
+    windows = tiny.spoken(decoder.model, 12)
     before, total = logits(decoder.model, windows), tiny.WIDTH // GROUP * len(decoder)
     budget = {"steps": 300, "batch": 240, "masks": 4, "learning_rate": 0.05}
     step = Bernoulli(ratio=sum(map(len, DEAD.values())) / total, start=start, multiple_of=GROUP, **budget)
@@ -65,7 +53,7 @@ def test_it_finds_channels_that_do_nothing(name, start, decoder, plugins):
 @pytest.mark.parametrize("name", ["llama"])
 def test_it_finds_heads_that_do_nothing(name, decoder, plugins):
     planted(decoder, {index: (unit,) for index, unit in DEAD_HEADS.items()}, "heads")
-    windows = spoken(decoder.model, 12)
+    windows = tiny.spoken(decoder.model, 12)
     heads = decoder.layer(0).axes["heads"].units
     budget = {"steps": 300, "batch": 240, "masks": 4, "learning_rate": 0.05}
     step = Bernoulli(head_ratio=len(DEAD_HEADS) / (heads * len(decoder)), start="flat", **budget)
@@ -127,7 +115,7 @@ def test_a_masked_model_is_one_that_is_cut(name, decoder):
 
 @pytest.mark.parametrize("name", ["llama"])
 def test_it_ends_no_worse_than_it_began_and_says_which_it_took(name, decoder, plugins):
-    windows = spoken(decoder.model, 12)
+    windows = tiny.spoken(decoder.model, 12)
     outcome = pruned(Bernoulli(ratio=0.4, steps=3, multiple_of=8, learning_rate=0.9), decoder, windows, plugins)
     (found,) = [each["perplexity_with_cut"] for each in outcome.evidence if "perplexity_with_cut" in each]
     (note,) = outcome.notes

@@ -143,7 +143,7 @@ def test_norms_are_scaled_by_what_they_multiply_by(name, decoder):
 @pytest.mark.parametrize(
     ("name", "options", "why"),
     [
-        ("llama", {"size": 32}, "of 32 features the config of this architecture cannot say that so many stay"),
+        ("llama", {"size": 32}, "has size 32, and there are 32 features of hidden states. Ask for fewer"),
         ("llama", {"size": 21}, "The nearest that it can say: 20 and 24"),
         ("gpt2", {"ratio": 0.5}, "cannot say another size"),
     ],

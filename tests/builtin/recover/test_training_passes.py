@@ -398,6 +398,6 @@ def test_answers_alone_are_trained_on(checkpoints, text_file, tmp_path):
     ],
 )
 def test_a_plan_says_how_long_and_in_which_dtype_it_trains(step, free, why, recipe, plugins, monkeypatch):
-    monkeypatch.setattr("optimum_prune.passes.trained.free_memory", lambda: free)
+    monkeypatch.setattr("optimum_prune.passes.training.free_memory", lambda: free)
     (word,) = forecast(recipe(DEPTH, step), plugins).words
     assert why in word

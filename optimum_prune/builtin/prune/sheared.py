@@ -1,0 +1,254 @@
+"""Structured pruning to a target shape: which layers, heads, channels and features stay is learned with the weights, by gates under constraints.
+
+Stage 1 of Sheared LLaMA (Xia et al., arXiv 2310.06694). Each layer, key-value head, FFN channel and feature of hidden states is multiplied
+by a hard-concrete gate that is drawn anew in each step. The expected number of open gates, of each layer, is held at that of the target
+shape, which is reached after a fifth of the training (`training/gates.py`). Whenever the model is looked at, it is as it would be
+cut then: the likeliest gates stay, exactly as many as the shape has. At the end gates are multiplied into the weights, once, and a stock
+checkpoint of the target shape comes out.
+
+Ours differs in what gates begin with: not all alike, but in the order of how much their units seem to matter by their weights and inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from optimum_prune.anatomy.norms import norms_of
+from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD, AxisShape, LayerShape, Shape
+from optimum_prune.anatomy.workload import Cost, Workload
+from optimum_prune.calibration.stream import walk_cost
+from optimum_prune.errors import RecipeError, reason
+from optimum_prune.hooks.marker import hookimpl
+from optimum_prune.options import option
+from optimum_prune.passes.base import Pass
+from optimum_prune.passes.prune import PrunePass
+from optimum_prune.passes.training import TrainingPass
+from optimum_prune.refit.principal import energies
+from optimum_prune.refit.projecting import norms_behind
+from optimum_prune.selection.bernoulli import Kind
+from optimum_prune.selection.importance import distances
+from optimum_prune.selection.masked import structured_metric
+from optimum_prune.selection.otherwise import by_magnitude
+from optimum_prune.selection.targets import check_size, hidden_axis
+from optimum_prune.surgery.cuts import NOTE, Decision
+from optimum_prune.surgery.operation import local_members, sharing_copy
+from optimum_prune.training.gates import Gates, Row
+from optimum_prune.training.sheared import Shearing
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedConfig
+
+    from optimum_prune.anatomy.decoder import Decoder
+    from optimum_prune.calibration.calibration import Calibration
+    from optimum_prune.training.lesson import Lesson
+
+BLOCKS = {"heads": ATTENTION, "width": FEED_FORWARD}
+SIZES = {
+    "layers": ("num_hidden_layers",),
+    "heads": ("num_key_value_heads", "num_attention_heads"),
+    "width": ("moe_intermediate_size", "intermediate_size"),
+    "hidden_size": ("hidden_size",),
+}
+"""Options, and the fields of a config that say the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheared(TrainingPass, PrunePass):
+    """Learns with the weights, on text, which layers, heads, channels and features stay, and leaves a model of exactly the shape asked for."""
+
+    name: ClassVar[str] = "sheared"
+    trained_bytes: ClassVar[int] = 20
+    layers: int | None = option("How many decoder layers stay.", None, at_least=1)
+    heads: int | None = option("How many key-value heads stay in each layer.", None, at_least=1)
+    width: int | None = option("How many FFN channels stay in each layer.", None, at_least=1)
+    hidden_size: int | None = option("How many features of hidden states stay.", None, at_least=1)
+    like: str | None = option("A model, by folder or Hub id, whose shape is the target, instead.", None)
+    start: Literal["metric", "flat"] = option(
+        "Begin with gates in the order of how much their units seem to matter, or with all alike.", "metric"
+    )
+    gate_rate: float = option("The learning rate of gates.", 0.1, above=0)
+    ramp: float = option("The part of the training after which the target is reached.", 0.2, above=0, at_most=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = [name for name in SIZES if getattr(self, name) is not None]
+        if not given and self.like is None:
+            raise RecipeError(
+                "sheared needs a target: some of 'layers', 'heads', 'width' and 'hidden_size', or 'like'."
+            )
+        if given and self.like is not None:
+            raise RecipeError(f"sheared is given {given[0]} and the shape of {self.like}. Give one of them.")
+
+    # What there will be
+
+    def foresee(self, shape: Shape) -> Shape:
+        found = self._narrowed(shape)
+        if (layers := self._size("layers")) is not None:
+            if layers > len(shape.layers):
+                raise RecipeError(f"sheared is to leave {layers} layers of {len(shape.layers)}. Ask for fewer.")
+            found = found.keep(range(layers))
+        if found == shape:
+            raise RecipeError("sheared is to leave the shape that the model has. Ask for less.")
+        return found
+
+    def _narrowed(self, shape: Shape) -> Shape:
+        """With the units that stay of each layer, and of hidden states."""
+        found = shape
+        for name, block in BLOCKS.items():
+            if (units := self._size(name)) is not None:
+                layers = tuple(self._narrowed_layer(layer, block, name, units) for layer in found.layers)
+                found = replace(found, layers=layers)
+        if (size := self._size("hidden_size")) is not None and size != shape.rest.units("hidden"):
+            check_size(self.name, "hidden_size", size, hidden_axis(self.name, shape))
+            found = found.narrowed({"hidden": size})
+        return found
+
+    def _narrowed_layer(self, layer: LayerShape, block: str, name: str, units: int) -> LayerShape:
+        """With so many units along the first axis of a block, and as large a part of any other there."""
+        axes = layer.within(block)
+        if not axes:
+            if self.like is not None or block not in layer.blocks:
+                return layer
+            raise RecipeError(
+                f"sheared is to leave {units} {name}, but the config of this architecture cannot say how many there are. Leave {name} out."
+            )
+        main = axes[0]
+        if units != main.units:
+            check_size(self.name, name, units, main)
+        if block == ATTENTION and self.like is not None:
+            self._check_queries(main)
+        return layer.narrowed({axis.name: axis.units * units // main.units for axis in axes})
+
+    def _size(self, name: str) -> int | None:
+        """The size that is asked for by an option, or that the model has whose shape is asked for."""
+        if self.like is None:
+            asked: int | None = getattr(self, name)
+            return asked
+        config, fields = _config_of(self.like), SIZES[name]
+        found = next((value for value in (getattr(config, each, None) for each in fields) if value is not None), None)
+        if not isinstance(found, int):
+            raise RecipeError(
+                f"sheared is to leave the shape of {self.like}, whose config has no {fields[-1]}. Give the sizes instead of 'like'."
+            )
+        return found
+
+    def _check_queries(self, axis: AxisShape) -> None:
+        """Refuses a model to be like whose query heads go together otherwise, or are of another size."""
+        config = _config_of(self.like or "")
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        width = config.num_attention_heads * size // self._count(config)
+        if width != axis.width:
+            raise RecipeError(
+                f"sheared is to leave the shape of {self.like}, of which a key-value head has queries of {width} features in all, and of this "
+                f"model {axis.width}, which no cut changes. Name a model that has as many, or give the sizes instead of 'like'."
+            )
+
+    def _count(self, config: PreTrainedConfig) -> int:
+        return int(getattr(config, SIZES["heads"][0], None) or config.num_attention_heads)
+
+    def estimate(self, shape: Shape, work: Workload) -> Cost:
+        walks = walk_cost(work, shape, streams=3)
+        new = self.foresee(shape).parameters * work.itemsize
+        return walks.followed_by(super().estimate(shape, work)).with_memory(new).followed_by(Cost(left=new))
+
+    # Deciding
+
+    def decide(self, decoder: Decoder, calibration: Calibration, lesson: Lesson | None = None) -> Iterator[Decision]:
+        from optimum_prune.training.engine import train  # transformers' Trainer takes long to import
+        from optimum_prune.training.objectives import Likelihood
+
+        assert lesson is not None, "a pass that trains is given a lesson"
+        if lesson.measures_references:
+            lesson = lesson.with_references(decoder.model)
+        rows = self._rows(decoder)
+        scores = calibration.once("start", partial(self._scores, decoder, calibration, rows))
+        student = self._student(decoder, calibration, lesson, Gates(rows, scores, self.ramp))
+        found = dict(train(student, lesson, Likelihood(), self.scheduled(decoder, lesson)))
+        off = max(float((student.gates.expected(row) / row.keep - 1).abs().max()) for row in rows)
+        evidence = {NOTE: found.pop(NOTE), "off_target": off, "undecided": student.gates.undecided(), "trained": found}
+        cuts = student.cuts()
+        yield Decision(cuts, student.folded(cuts), evidence)
+
+    def _rows(self, decoder: Decoder) -> list[Row]:
+        """The gates: layer by layer, and of the whole model."""
+        shape = decoder.shape()
+        target, rows = self.foresee(shape), list[Row]()
+        for layer, after in zip(decoder.layers, self._narrowed(shape).layers, strict=True):
+            for axis in layer.axes.values():
+                left = after.units(axis.name)
+                if not axis.output or axis.follows or left == axis.units:
+                    continue
+                for each in (axis, *layer.followers(axis)):
+                    rows.append(Row(layer.index, each.name, max(each.groups, 1), each.units, left * each.times))
+        if len(target.layers) < len(shape.layers):
+            rows.append(Row(None, "", 1, len(shape.layers), len(target.layers)))
+        if target.rest.units("hidden") < shape.rest.units("hidden"):
+            rows.append(Row(None, "hidden", 1, shape.rest.units("hidden"), target.rest.units("hidden")))
+        return rows
+
+    def _scores(self, decoder: Decoder, calibration: Calibration, rows: Sequence[Row]) -> dict[str, Tensor]:
+        """Of each row, how much its units seem to matter, for gates to begin with."""
+        found: dict[str, Tensor] = {}
+        if self.start == "flat":
+            return found
+        inner = [row for row in rows if row.layer is not None and row.groups == 1]
+        kinds = {
+            row.key: Kind(((row.layer, row.axis, row.units),), row.keep, {}) for row in inner if row.layer is not None
+        }
+        if kinds:
+            found |= {key: score[None] for key, score in structured_metric(decoder, calibration, kinds).items()}
+        for row in rows:
+            if row.layer is not None and row.groups > 1:
+                layer = decoder.layer(row.layer)
+                found[row.key] = by_magnitude().units(layer.module, layer.axes[row.axis])
+            elif row.layer is None and not row.axis:
+                found[row.key] = torch.tensor([distances(decoder, calibration, 1, angular=False)])
+            elif row.layer is None and (axis := decoder.hidden()) is not None:
+                found[row.key] = energies(decoder, calibration, axis)[None]
+        return found
+
+    def _student(self, decoder: Decoder, calibration: Calibration, lesson: Lesson, gates: Gates) -> Shearing:
+        """A copy of the model with gates."""
+        copied = replace(decoder, model=sharing_copy(decoder.model))
+        for value in copied.model.parameters():
+            value.data = value.data.clone()
+        batch, hidden = calibration.quiet().embed(decoder)[0]
+        layer, axis = decoder.layer(0), decoder.hidden()
+        norms = [] if axis is None else norms_of(layer.module, local_members(axis, layer.prefix))
+        return Shearing(
+            copied,
+            lesson.folder,
+            gates,
+            norms_behind(layer, batch, hidden, norms),
+            rate=self.gate_rate,
+            float32=self.in_float32(sum(value.numel() for value in copied.model.parameters())),
+            zeros_stay=self.keep_zeros,
+        )
+
+
+@lru_cache(maxsize=4)
+def _config_of(model: str) -> PreTrainedConfig:
+    """The config of the decoder of a model, by folder or Hub id.
+
+    Raises:
+        RecipeError: it cannot be read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model).get_text_config()
+    except Exception as error:  # transformers raises many kinds
+        raise RecipeError(
+            f"sheared is to leave the shape of {model}, whose config cannot be read: {reason(error)}"
+        ) from error
+
+
+@hookimpl
+def passes() -> Iterator[type[Pass]]:
+    yield Sheared

@@ -1,0 +1,145 @@
+"""Gates: numbers between 0 and 1 that parts of a model are multiplied by, learned with its weights until a wanted number of them is 0.
+
+Hard-concrete gates (Louizos et al., arXiv 1712.01312) are drawn anew in each step and are exactly 0 or 1 much of the time. What is learned
+of each is how likely it is open, while the expected number of open ones of each row is held at a target (Xia et al., Sheared LLaMA, arXiv
+2310.06694), which starts at all of them. There by multipliers that are learned too, over thousands of steps; in fewer these overshoot
+and swing, so here the constraint holds exactly in every step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
+SPREAD, GAP = 12.0, 2.0
+"""By how much the logits of a row differ at first, so that about a third of its gates are open sometimes and closed sometimes, and by how
+much two that follow each other do at most, so that few units are tried too."""
+FARTHEST, HALVINGS = 16.0, 40
+"""How far the logits of a row are shifted at most, beyond what they are, and how often what may be left of that is halved."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Gates of which a number stays open: those of an axis of a layer, of the layers, or of the features of hidden states."""
+
+    layer: int | None
+    """None for the whole model."""
+    axis: str
+    """Empty for the layers themselves."""
+    groups: int
+    """Each keeps as many of its own."""
+    units: int
+    keep: int
+
+    @property
+    def key(self) -> str:
+        """What its parameter is called."""
+        return f"{'all' if self.layer is None else self.layer}_{self.axis or 'layers'}"
+
+
+class Gates(nn.Module):
+    """The gates of a model.
+
+    What is learned of the gates of a row is shifted, all by the same, so that as many are open on average as the target of the row asks
+    for: what a multiplier of the target would come to in the end is solved for in each step.
+
+    Args:
+        scores: of each row, by its key, how much each unit seems to matter; alike where they are not given.
+        ramp: the part of the training in which the targets are reached.
+    """
+
+    def __init__(self, rows: Sequence[Row], scores: Mapping[str, Float[Tensor, "groups units"]], ramp: float) -> None:
+        super().__init__()
+        self.rows = tuple(rows)
+        self.learned = nn.ParameterDict({row.key: nn.Parameter(_started(row, scores.get(row.key))) for row in rows})
+        self._ramp = ramp
+        self._step, self._part = 0, 0.0
+
+    def begin(self, step: int, part: float) -> None:
+        """Lets a step begin, when a part of the training is behind."""
+        self._step, self._part = step, part
+
+    @property
+    def settled(self) -> bool:
+        """Whether the targets are reached."""
+        return self._part >= self._ramp
+
+    def values(self) -> dict[str, Float[Tensor, "groups units"]]:
+        """All gates, by the keys of their rows: while the model is trained, as drawn in this step, and else as they are cut."""
+        if not self.training:
+            return {row.key: stretched(self.logits(row, 1.0)) * self.open(row) for row in self.rows}
+        generator = torch.Generator().manual_seed(self._step)
+        share = min(1.0, self._part / self._ramp)
+        return {row.key: drawn(self.logits(row, share), generator) for row in self.rows}
+
+    def open(self, row: Row) -> Bool[Tensor, "groups units"]:
+        """The likeliest, as many as are to stay."""
+        order = self.learned[row.key].detach().sort(dim=1, descending=True, stable=True).indices
+        return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, : row.keep], True)
+
+    def logits(self, row: Row, share: float) -> Float[Tensor, "groups units"]:
+        """What is learned of the gates of a row, shifted to a share of the way to the target, with gradients."""
+        learned = self.learned[row.key]
+        wanted = row.units - share * (row.units - row.keep)
+        shift = _shift(learned.detach(), wanted)
+        open_now = likely(learned + shift)
+        slope = (open_now * (1 - open_now)).sum(1, keepdim=True).detach().clamp(min=1e-6)
+        lack = (wanted - open_now.sum(1, keepdim=True)) / slope  # about 0; its gradient is that of the shift
+        found: Tensor = learned + shift + lack - lack.detach()
+        return found
+
+    @torch.no_grad()
+    def expected(self, row: Row) -> Float[Tensor, " groups"]:
+        """How many gates of a row are open on average."""
+        return likely(self.logits(row, 1.0)).sum(1)
+
+    @torch.no_grad()
+    def undecided(self) -> float:
+        """The part of all gates that are neither open nor closed nine times of ten."""
+        found = torch.cat([likely(self.logits(row, 1.0)).flatten() for row in self.rows])
+        return ((found > 0.1) & (found < 0.9)).float().mean().item()
+
+
+def _shift(learned: Float[Tensor, "groups units"], wanted: float) -> Float[Tensor, "groups 1"]:
+    """By what to shift so that so many gates are open on average, or as nearly as that can be."""
+    bound = learned.abs().amax(1, keepdim=True) + FARTHEST
+    low, high = -bound, bound
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        more = likely(learned + middle).sum(1, keepdim=True) < wanted
+        low, high = torch.where(more, middle, low), torch.where(more, high, middle)
+    return (low + high) / 2
+
+
+def drawn(learned: Tensor, generator: torch.Generator) -> Tensor:
+    """Gates by chance, with gradients."""
+    uniform = torch.rand(learned.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(learned)
+    return stretched((uniform.logit() + learned) / TEMPERATURE)
+
+
+def stretched(values: Tensor) -> Tensor:
+    """From the logits of numbers between 0 and 1: these, stretched beyond both and cut off there."""
+    return (values.sigmoid() * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+def likely(learned: Tensor) -> Tensor:
+    """How likely gates are not 0."""
+    return (learned - TEMPERATURE * math.log(-LOW / HIGH)).sigmoid()
+
+
+def _started(row: Row, scores: Tensor | None) -> Tensor:
+    """What the gates of a row begin with: by the order of their scores."""
+    if scores is None:
+        return torch.zeros(row.groups, row.units)
+    ranks = scores.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+    last = max(row.units - 1, 1)
+    return min(SPREAD, GAP * last) * (ranks / last - 0.5)
