@@ -13,7 +13,7 @@ from optimum_prune.anatomy.counts import count_parameters
 from optimum_prune.checkpoint.adapters import ADAPTERS, refuse_adapter, refuse_adapter_weights
 from optimum_prune.checkpoint.boundary import check_folder
 from optimum_prune.checkpoint.described import check_config_of
-from optimum_prune.checkpoint.generation import generation_config_of
+from optimum_prune.checkpoint.mapping import mapped
 from optimum_prune.checkpoint.opening import Checkpoint, meta_model
 from optimum_prune.checkpoint.quiet import quietly
 from optimum_prune.checkpoint.soundness import check_sound, follow_ties, left_out_layer
@@ -27,8 +27,8 @@ from optimum_prune.errors import (
     reason,
 )
 from optimum_prune.machine.given_files import is_there, named
+from optimum_prune.machine.isolation import FULL
 from optimum_prune.machine.progress import Progress
-from optimum_prune.machine.tensor_files import weight_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -197,13 +197,13 @@ def _loaded(
         if weights is None:
             model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
         else:
-            model, info = _mapped(Path(source), weights, **arguments)
+            model, info = mapped(Path(source), weights, **arguments)
     except OptimumPruneError as error:
         if isinstance(error, refusal.error):
             raise
         raise refusal.error(f"{refusal.unreadable}: {error}") from error
     except Exception as error:  # transformers raises many kinds
-        if found_no_memory(error):
+        if found_no_memory(error) or getattr(error, "errno", None) in FULL:
             raise
         raise refusal.error(_why_unreadable(error, source, refusal)) from error
     if problems := _problems(info, refusal.tolerated):
@@ -216,32 +216,10 @@ def _loaded(
     follow_ties(model)
     model.config.return_dict = True  # a config may ask for tuples, in which nobody finds the logits
     if weights is not None:
-        weights.write_changes(model)  # what is stored in another dtype, or under older names
+        weights.write_changes(model)  # what transformers made of what is stored
         weights.attach(model)
     loaded: PreTrainedModel = model.eval()
     return loaded
-
-
-def _mapped(
-    folder: Path, weights: MappedWeights, dtype: torch.dtype | str, trust_remote_code: bool, **arguments: Any
-) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    """The model of a folder with its weights mapped from its files, and what transformers says of their names and shapes."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    files = weight_files(folder, getattr(config, "transformers_weights", None))
-    tensors = {name: tensor for file in files for name, tensor in weights.map(file).items()}
-    if dtype == "auto":
-        first = next((tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()), torch.float32)
-        dtype = config.dtype or first
-    kind = type(meta_model(config, trust_remote_code))
-    model, info = kind.from_pretrained(
-        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, **arguments
-    )
-    if model.can_generate():
-        model.generation_config = generation_config_of(folder)
-    model.name_or_path = str(folder)
-    return model, info
 
 
 def _why_unreadable(error: Exception, source: str | Path, refusal: Refusal) -> str:

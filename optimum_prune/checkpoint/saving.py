@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from optimum_prune.checkpoint.generation import settle
+from optimum_prune.checkpoint.mapping import saving_mapped
 from optimum_prune.checkpoint.quiet import quietly
 from optimum_prune.checkpoint.soundness import follow_ties
 from optimum_prune.checkpoint.transformers4 import add_older_fields
@@ -87,7 +88,7 @@ def save(
         OutputError: it cannot be written, such as on a full disk.
     """
     try:
-        with progress.libraries(), quietly(), nullcontext() if weights is None else weights.saving():
+        with progress.libraries(), quietly(), nullcontext() if weights is None else saving_mapped(weights):
             model.save_pretrained(folder)
         if tokenizer is not None:
             with quietly():

@@ -53,7 +53,7 @@ def isolated(*imports: str, seed: int | None = None, silent: bool = False) -> It
         silent: whether warnings, and what is logged up to that level, go nowhere too.
     """
     with ExitStack() as stack:
-        stack.enter_context(_environment())
+        stack.enter_context(environment_kept())
         stack.enter_context(_root_logger())
         stack.enter_context(warnings.catch_warnings())
         stack.enter_context(redirect_stdout(io.StringIO()))
@@ -211,7 +211,8 @@ class _State:
 
 
 @contextmanager
-def _environment() -> Iterator[None]:
+def environment_kept() -> Iterator[None]:
+    """Puts back what is changed of the environment's variables within a `with`."""
     before = dict(os.environ)
     try:
         yield

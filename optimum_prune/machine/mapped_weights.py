@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -153,38 +153,28 @@ class MappedWeights:
         file = self._files[position]
         return file if tensor.data_ptr() < file.address + len(file.content) else None
 
+    def lies_in_memory(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the host's memory, and in none of the files."""
+        return tensor.device.type == "cpu" and not self._holds(tensor)
+
     def write_changes(self, model: nn.Module) -> None:
         """Writes the weights of a model that lie in memory to a file and maps them from there; their values stay."""
-        fresh: dict[int, nn.Parameter] = {}
-        for parameter in model.parameters():
-            if parameter.device.type == "cpu" and not self._holds(parameter):
-                fresh[id(parameter)] = parameter
-        if not fresh:
-            return
+        fresh = {id(each): each for each in model.parameters() if self.lies_in_memory(each)}
+        if fresh:
+            self.move(list(fresh.values()))
+            give_back()
+
+    def move(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Writes parameters to a file and maps them from there; gives back the memory of all files, as of what they were made from."""
+        for parameter, kept in zip(parameters, self.keep(parameters), strict=True):
+            parameter.data = kept
+        for file in self._files:
+            advise(file.content, mmap.MADV_DONTNEED)
+
+    def keep(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors with the values of these, written to a file and mapped from there."""
         self._folder.mkdir(exist_ok=True)
         file = self._folder / f"{next(self._numbers)}.safetensors"
-        write({str(number): parameter.detach() for number, parameter in enumerate(fresh.values())}, file)
+        write({str(number): tensor.detach() for number, tensor in enumerate(tensors)}, file)
         mapped = self.map(file)
-        for number, parameter in enumerate(fresh.values()):
-            parameter.data = mapped[str(number)]
-        for each in self._files:  # what was read to be cut, too
-            advise(each.content, mmap.MADV_DONTNEED)
-        give_back()
-
-    def _about_to_write(self, tensor: Tensor) -> None:
-        self.check([tensor])
-
-    @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Lets transformers save a model tensor by tensor, each given back when it is written."""
-        from transformers import modeling_utils
-
-        def save(tensors: Mapping[str, Tensor], file: Any, metadata: Mapping[str, str] | None = None) -> None:
-            write(tensors, Path(file), metadata, self._about_to_write, self.let_go)
-
-        before = modeling_utils.safe_save_file
-        modeling_utils.safe_save_file = save
-        try:
-            yield
-        finally:
-            modeling_utils.safe_save_file = before
+        return [mapped[str(number)] for number in range(len(tensors))]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from optimum_prune.anatomy.axis import Axis, Units
 from optimum_prune.anatomy.shape import BLOCKS
+from optimum_prune.machine.mapped_weights import held
 from optimum_prune.selection.sparsity import lowest_of_rows
 from optimum_prune.surgery.cuts import Cuts
 
@@ -30,10 +31,11 @@ class Scorer:
     of: Callable[[Tensor], Tensor]
     """Of values of weights, their scores; those of a part of the model are added."""
 
-    def module(self, *modules: nn.Module) -> float:
-        """Of all weights in modules."""
+    def parts(self, layer: nn.Module, modules: Iterable[nn.Module]) -> float:
+        """Of all weights in modules of a layer."""
         weights = (weight for module in modules for weight in module.parameters())
-        return sum(self.of(weight.detach()).sum(dtype=torch.float64).item() for weight in weights)
+        with held(layer):
+            return sum(self.of(weight.detach()).sum(dtype=torch.float64).item() for weight in weights)
 
     def units(self, root: nn.Module, axis: Axis) -> Float[Tensor, "groups units"]:
         """Of each unit of an axis."""
@@ -60,7 +62,7 @@ def at_random(seed: int) -> Scorer:
 
 def by_magnitude() -> Scorer:
     """Scores that are the magnitudes of weights."""
-    return Scorer(lambda values: values.float().abs())
+    return Scorer(lambda values: values.abs().float())
 
 
 def chosen_otherwise(decoder: Decoder, cuts: Cuts, scorer: Scorer) -> Cuts:
@@ -71,10 +73,10 @@ def chosen_otherwise(decoder: Decoder, cuts: Cuts, scorer: Scorer) -> Cuts:
     units = {}
     for (index, name), kept in cuts.units.items():
         axis = decoder.hidden() if index is None else decoder.layer(index).axes[name]
+        root: nn.Module = decoder.model if index is None else decoder.modules[index]
         assert axis is not None
-        units[index, name] = _highest(
-            scorer.units(decoder.model if index is None else decoder.modules[index], axis), axis, kept
-        )
+        with held(root):
+            units[index, name] = _highest(scorer.units(root, axis), axis, kept)
     if cuts.blocks:
         layers, blocks = _blocks_otherwise(decoder, cuts, scorer)
         return Cuts(layers, blocks, units)
@@ -92,7 +94,7 @@ def _highest(scores: Float[Tensor, "groups units"], axis: Axis, kept: Units) -> 
 
 def _layers_otherwise(decoder: Decoder, kept: Sequence[int], scorer: Scorer) -> tuple[int, ...]:
     gone = sorted(set(range(len(decoder))) - set(kept))
-    scores = [scorer.module(layer) for layer in decoder.modules]
+    scores = [scorer.parts(layer, [layer]) for layer in decoder.modules]
     if gone and gone[-1] - gone[0] == len(gone) - 1:
         starts = range(len(scores) - len(gone) + 1)
         start = min(starts, key=lambda start: sum(scores[start : start + len(gone)]))
@@ -110,7 +112,7 @@ def _blocks_otherwise(
     for block in BLOCKS:
         there = [layer for layer in layers if block in layer.blocks]
         count = sum(layer.index not in left or block not in cuts.blocks.get(layer.index, BLOCKS) for layer in there)
-        scores = {layer.index: scorer.module(*map(layer.part, layer.modules_of(block))) for layer in there}
+        scores = {layer.index: scorer.parts(layer.module, map(layer.part, layer.modules_of(block))) for layer in there}
         for index in sorted(scores, key=lambda index: scores[index])[:count]:
             going.setdefault(index, set()).add(block)
     blocks = {

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from pages import resident
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_prune import Depth, Osscar, Recipe, Settings, Text, compress
 from optimum_prune.anatomy.decoder import Decoder
@@ -27,6 +28,8 @@ from optimum_prune.machine.mapped_weights import MappedWeights
 from optimum_prune.machine.progress import Progress
 from optimum_prune.machine.tensor_files import weight_files
 from optimum_prune.recipe import size_of
+from optimum_prune.selection.otherwise import by_magnitude, chosen_otherwise
+from optimum_prune.surgery.cuts import Cuts
 from optimum_prune.surgery.operation import carry_out
 
 
@@ -181,3 +184,30 @@ def test_little_of_the_activations_is_in_memory_at_a_time(step, plugins, tmp_pat
         carry_out(decoder, decision)
     assert activations.stored > 1e6
     assert activations.in_memory < 0.35 * activations.stored
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="which pages are in memory is known on Linux only")
+@pytest.mark.parametrize(
+    "cuts",
+    [
+        Cuts.along("channels", {index: tuple(range(8)) for index in range(tiny.LAYERS)}),
+        Cuts(layers=(0, 1, 2, 3)),
+        Cuts(blocks={1: ("mlp",), 4: ("mlp",)}),
+    ],
+    ids=["units", "layers", "blocks"],
+)
+def test_weights_that_are_looked_at_to_choose_by_magnitude_are_given_back(cuts, wide, plugins, tmp_path):
+    weights = MappedWeights(tmp_path / "changed")
+    model = loading.load(opening.open_checkpoint(str(wide)), "auto", "cpu", Progress(), weights)
+    weights.release(model)
+    chosen_otherwise(Decoder.of(model, plugins.families), cuts, by_magnitude())
+    in_memory = sum(resident(value) for value in model.model.layers.parameters())
+    assert in_memory < 0.2 * sum(value.nbytes for value in model.model.layers.parameters())
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A checkpoint whose layers are many pages long, of which the system reads a few at a time."""
+    folder = tiny.save("llama", tmp_path_factory.mktemp("wide"))  # for its tokenizer
+    LlamaForCausalLM(LlamaConfig(**{**tiny.SIZES, "intermediate_size": 4096})).save_pretrained(folder)
+    return folder
