@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from optimum_prune.anatomy.axis import Member
     from optimum_prune.anatomy.decoder import DecoderLayer
-    from optimum_prune.calibration.stream import Batch
+    from optimum_prune.calibration.stream import Batch, Stream
     from optimum_prune.calibration.visit import LayerVisit
 
 Seen = Mapping[str, Tensor]
@@ -142,10 +142,11 @@ def read_behind(visit: LayerVisit, norms: Sequence[str], readers: Sequence[str])
     return processes.broadcast_from_first(found)
 
 
-def norms_behind(layer: DecoderLayer, batch: Batch, hidden: Tensor, norms: Sequence[str]) -> dict[str, str]:
-    """Of the blocks of a layer whose outputs go through a norm before they are added, that norm."""
+def norms_behind(layer: DecoderLayer, stream: Stream, norms: Sequence[str]) -> dict[str, str]:
+    """Of the blocks of a layer whose outputs go through a norm before they are added, that norm; found on one batch."""
 
     def found() -> dict[str, str]:
+        batch, hidden = stream[0]
         last = {block: layer.modules_of(block)[-1] for block in layer.blocks}
         left = seen(layer, batch, hidden, list(last.values()), outputs=True)
         reached = seen(layer, batch, hidden, norms)

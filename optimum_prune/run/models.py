@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -20,9 +19,9 @@ from optimum_prune.machine.mapped_weights import MappedWeights
 from optimum_prune.machine.memory import free_memory, give_back
 from optimum_prune.machine.watched_files import watched
 from optimum_prune.surgery.cuts import Cuts
+from optimum_prune.surgery.operation import sharing_copy
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
     from optimum_prune.plan.source import ModelSource
 
@@ -65,7 +64,7 @@ class Models:
         check_resident(model, self._source.name)
         check_rotary(model, self._source.name)
         if self._teaches and not self._source.mappable:  # it is as it was only now, or takes long to be read again
-            self._teacher = Decoder(sharing_copy(model), self._family)
+            self._teacher = Decoder(sharing_copy(model).requires_grad_(False), self._family)
         decoder = Decoder(model, self._family)
         self.layers = tuple(range(len(decoder)))
         if self._watched:
@@ -95,7 +94,7 @@ class Models:
             size = sum(value.numel() * value.element_size() for value in decoder.model.parameters())
             if not processes.all_true(size <= free_memory()):
                 return None
-        return Decoder(sharing_copy(decoder.model), self._family)
+        return Decoder(sharing_copy(decoder.model).requires_grad_(False), self._family)
 
     def let_teacher_go(self) -> None:
         """Gives back what the dense model takes of memory."""
@@ -153,13 +152,6 @@ class Models:
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of a model that takes no memory: it shares every tensor, and goes on as it is when surgery puts others in their place."""
-    shared: dict[int, Any] = {id(old): nn.Parameter(old.detach(), requires_grad=False) for old in model.parameters()}
-    shared |= {id(buffer): buffer for buffer in model.buffers()}
-    return copy.deepcopy(model, shared)
 
 
 _Place = tuple[int, tuple[int, ...], tuple[int, ...]]

@@ -6,6 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from optimum_prune.anatomy.decoder import Decoder, DecoderLayer
 from optimum_prune.errors import SurgeryError
 from optimum_prune.surgery.config import follow_config, follow_features, follow_hidden, keep_layers_in_config
 from optimum_prune.surgery.cuts import Cuts, Decision
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def carry_out(decoder: Decoder, decision: Decision) -> None:
@@ -103,11 +106,15 @@ def changed_layer(decoder: Decoder, decision: Decision, index: int) -> nn.Module
     return layer.module
 
 
-def sharing_copy(module: nn.Module, *kept: object) -> nn.Module:
-    """A copy of a module whose parameters share their values with the original's; some objects in it stay the same."""
-    shared = {id(old): nn.Parameter(old.detach(), old.requires_grad) for old in module.parameters()}
-    copied: nn.Module = copy.deepcopy(module, {**{id(each): each for each in kept}, **shared})
-    return copied
+def sharing_copy(module: M, *kept: object) -> M:
+    """A copy of a module that takes no memory: it shares every tensor, and stays as it is when surgery puts others in their place.
+
+    Args:
+        kept: objects in it that are the same in the copy.
+    """
+    shared: dict[int, Any] = {id(each): each for each in (*kept, *module.buffers())}
+    shared |= {id(old): nn.Parameter(old.detach(), old.requires_grad) for old in module.parameters()}
+    return copy.deepcopy(module, shared)
 
 
 def keep_blocks(layer: DecoderLayer, kept: Sequence[str]) -> None:

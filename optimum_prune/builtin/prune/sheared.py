@@ -24,6 +24,7 @@ from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.stream import walk_cost
 from optimum_prune.errors import RecipeError, reason
 from optimum_prune.hooks.marker import hookimpl
+from optimum_prune.machine import processes
 from optimum_prune.options import option
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
@@ -142,15 +143,16 @@ class Sheared(TrainingPass, PrunePass):
         """Refuses a model to be like whose query heads go together otherwise, or are of another size."""
         config = _config_of(self.like or "")
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = config.num_attention_heads * size // self._count(config)
+        width = (
+            config.num_attention_heads
+            * size
+            // (getattr(config, SIZES["heads"][0], None) or config.num_attention_heads)
+        )
         if width != axis.width:
             raise RecipeError(
                 f"sheared is to leave the shape of {self.like}, of which a key-value head has queries of {width} features in all, and of this "
                 f"model {axis.width}, which no cut changes. Name a model that has as many, or give the sizes instead of 'like'."
             )
-
-    def _count(self, config: PreTrainedConfig) -> int:
-        return int(getattr(config, SIZES["heads"][0], None) or config.num_attention_heads)
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         walks = walk_cost(work, shape, streams=3)
@@ -218,14 +220,14 @@ class Sheared(TrainingPass, PrunePass):
         copied = replace(decoder, model=sharing_copy(decoder.model))
         for value in copied.model.parameters():
             value.data = value.data.clone()
-        batch, hidden = calibration.quiet().embed(decoder)[0]
+        few = calibration.windows.part(slice(processes.size()))
         layer, axis = decoder.layer(0), decoder.hidden()
         norms = [] if axis is None else norms_of(layer.module, local_members(axis, layer.prefix))
         return Shearing(
             copied,
             lesson.folder,
             gates,
-            norms_behind(layer, batch, hidden, norms),
+            norms_behind(layer, calibration.quiet().on(few).embed(decoder), norms),
             rate=self.gate_rate,
             float32=self.in_float32(sum(value.numel() for value in copied.model.parameters())),
             zeros_stay=self.keep_zeros,

@@ -113,8 +113,8 @@ def shorn(decoder: Decoder, step: Sheared, folder, seed: int = 0) -> Shearing:
         value.data = torch.randn(value.shape, generator=generator)
     copied, layer, axis = replace(decoder, model=copy.deepcopy(decoder.model)), decoder.layer(0), decoder.hidden()
     norms = [] if axis is None else norms_of(layer.module, local_members(axis, layer.prefix))
-    batch, hidden = Calibration(tiny.windows(2)).embed(decoder)[0]
-    return Shearing(copied, folder, gates, norms_behind(layer, batch, hidden, norms), rate=0.1, float32=True)
+    behind = norms_behind(layer, Calibration(tiny.windows(2)).embed(decoder), norms)
+    return Shearing(copied, folder, gates, behind, rate=0.1, float32=True)
 
 
 SHAPES = {
