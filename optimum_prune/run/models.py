@@ -22,7 +22,6 @@ from optimum_prune.surgery.cuts import Cuts
 from optimum_prune.surgery.operation import sharing_copy
 
 if TYPE_CHECKING:
-
     from optimum_prune.plan.source import ModelSource
 
 

@@ -1,8 +1,9 @@
 """Units that are kept by chance, and how the probabilities of keeping them are learned from losses alone.
 
 Optimization-based structural pruning (Gao et al., arXiv 2406.10576): keep-probabilities s, masks m drawn from them, the loss of the masked
-model, and policy gradients `(L - d) (m - s) / sqrt(s (1 - s))` with a moving average d as the baseline; the square root preconditions. Here
-advantages are divided by their moving deviation too, so that a learning rate does not depend on the model.
+model, and policy gradients `(L - d) (m - s) / sqrt(s (1 - s))` with a baseline d; the square root preconditions. The paper's baseline is a
+moving average of losses. Here it is the mean over the masks of the same step: they have their text in common, whose difficulty moves a
+loss ten times as much as masks do. And advantages are divided by their moving deviation, so that a learning rate depends on no model.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 MEMORY = 5
-"""Over about so many steps losses are averaged."""
+"""Over about so many steps deviations are averaged."""
 SMALL = 1e-7
 EDGE = 0.02
 """How far from 0 and 1 units are still drawn: else one that got there would never be tried again."""
@@ -91,24 +92,20 @@ def projected(probabilities: Float[Tensor, " units"], keep: int) -> Float[Tensor
 
 @dataclass(frozen=True)
 class Baseline:
-    """What losses are compared with."""
+    """How far the losses of a step's masks are from each other, as it was in the last steps."""
 
-    mean: float = math.nan
-    square: float = 0.0
-    """Of their distances from it, averaged."""
+    square: float = math.nan
 
     def after(self, losses: Sequence[float]) -> Baseline:
-        """The same once more losses are known."""
+        """The same once the losses of another step are known."""
         mean = sum(losses) / len(losses)
-        if math.isnan(self.mean):
-            return Baseline(mean, sum((loss - mean) ** 2 for loss in losses) / len(losses))
-        moved = self.mean + (mean - self.mean) / MEMORY
-        square = sum((loss - moved) ** 2 for loss in losses) / len(losses)
-        return Baseline(moved, self.square + (square - self.square) / MEMORY)
+        square = sum((loss - mean) ** 2 for loss in losses) / len(losses)
+        return Baseline(square if math.isnan(self.square) else self.square + (square - self.square) / MEMORY)
 
-    def advantage(self, loss: float) -> float:
-        """How much better or worse a loss is, in deviations."""
-        return (loss - self.mean) / max(math.sqrt(self.square), SMALL)
+    def advantages(self, losses: Sequence[float]) -> list[float]:
+        """How much better or worse each mask of a step is than all of them on average, in deviations."""
+        mean = sum(losses) / len(losses)
+        return [(loss - mean) / max(math.sqrt(self.square), SMALL) for loss in losses]
 
 
 def gradient(

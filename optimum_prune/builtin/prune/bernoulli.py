@@ -66,7 +66,7 @@ class Bernoulli(PrunePass):
     tokens: int | None = option("The same, as tokens that run through the model.", None, at_least=1)
     minutes: float | None = option("The same, as a time.", None, above=0, below=math.inf)
     masks: int = option("Masks of a step.", 2, at_least=2)
-    batch: int = option("Tokens of a step, for each mask; at least one window is taken.", 1024, at_least=1)
+    batch: int = option("Tokens of a step, for each mask; at least one window is taken.", 512, at_least=1)
     learning_rate: float = option("How far probabilities move in a step, at first.", 0.02, above=0, below=1)
     damping: float = option(
         "For refitting: added to the gram's diagonal, relative to its mean.", 0.01, above=0, below=math.inf
@@ -267,15 +267,14 @@ class Bernoulli(PrunePass):
         new, after = dict(state), baseline
         if len(sound) > 1:
             after = baseline.after([losses[k] for k in sound])
+            advantages = after.advantages([losses[k] for k in sound])
             rate = self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
             for name, values in state.items():
-                towards = gradient(
-                    values, [masks[name][k] for k in sound], [after.advantage(losses[k]) for k in sound]
-                )
+                towards = gradient(values, [masks[name][k] for k in sound], advantages)
                 new[name] = projected(values - rate * towards, masked.kinds[name].keep)
         seconds = processes.broadcast_from_first(lambda: time.perf_counter() - started)
         mean = sum(losses) / len(losses)
-        return {"state": new, "baseline": [after.mean, after.square], "loss": mean, "seconds": seconds}
+        return {"state": new, "baseline": [after.square], "loss": mean, "seconds": seconds}
 
 
 def _told(found: Mapping[str, float], best: str, steps: int) -> str:

@@ -156,13 +156,13 @@ def test_every_place_keeps_one_and_only_numbers_that_can_be_said():
     assert kept == [[0, 1, 2, 3], [0], [1]]
 
 
-def test_a_baseline_moves_and_tells_how_far_losses_are_from_it():
+def test_masks_are_compared_with_those_of_the_same_step():
     first = Baseline().after([4.0, 2.0])
-    assert (first.mean, first.square) == (3.0, 1.0)
-    assert first.advantage(4.0) == 1.0
-    after = first.after([8.0, 8.0])
-    assert after.mean == 4.0
+    assert first.square == 1.0
+    assert first.advantages([104.0, 102.0]) == [1.0, -1.0]  # text that is harder moves none
+    after = first.after([8.0, 0.0])
     assert math.isclose(after.square, 1.0 + (16.0 - 1.0) / 5)
+    assert after.advantages([1.0, 1.0, 1.0]) == [0.0, 0.0, 0.0]
 
 
 def test_windows_of_a_step_are_parts_of_those_there_are():
