@@ -70,8 +70,13 @@ class Perplexity:
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, windows: Windows, progress: Progress) -> Perplexity:
+def perplexity(
+    model: PreTrainedModel, windows: Windows, progress: Progress, at_once: int = TOKENS_PER_BATCH
+) -> Perplexity:
     """The perplexity of a model on windows.
+
+    Args:
+        at_once: tokens that run through the model at a time.
 
     Raises:
         NumericalError: the model's logits are not finite.
@@ -83,7 +88,7 @@ def perplexity(model: PreTrainedModel, windows: Windows, progress: Progress) -> 
         found: Tensor = model(input_ids=tokens.to(device), use_cache=False, **padding).logits
         return found
 
-    return _perplexity(logits, windows, str(model.dtype).removeprefix("torch."), progress)
+    return _perplexity(logits, windows, str(model.dtype).removeprefix("torch."), progress, at_once)
 
 
 def perplexity_of_runtime(runtime: Runtime, windows: Windows, progress: Progress) -> Perplexity:
@@ -96,11 +101,15 @@ def perplexity_of_runtime(runtime: Runtime, windows: Windows, progress: Progress
 
 
 def _perplexity(
-    logits: Callable[[Tensor, Tensor], Float[Tensor, "w t v"]], windows: Windows, dtype: str, progress: Progress
+    logits: Callable[[Tensor, Tensor], Float[Tensor, "w t v"]],
+    windows: Windows,
+    dtype: str,
+    progress: Progress,
+    at_once: int = TOKENS_PER_BATCH,
 ) -> Perplexity:
     """The perplexity of what maps tokens and mask to logits."""
     losses, speeds = [torch.zeros(0, dtype=torch.float64)], []
-    for part in progress.track(windows.share().parts(TOKENS_PER_BATCH), "Evaluating"):
+    for part in progress.track(windows.share().parts(at_once), "Evaluating"):
         started = time.perf_counter()
         found = logits(part.tokens, part.mask)
         losses.append(next_token_losses(found, part.tokens.to(found.device), part.predicted).cpu())

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from optimum_prune.errors import NumericalError
-from optimum_prune.evaluation.perplexity import perplexity
+from optimum_prune.evaluation.perplexity import TOKENS_PER_BATCH, perplexity
 from optimum_prune.machine import processes
 from optimum_prune.machine.progress import Progress
 from optimum_prune.machine.whole_files import whole
@@ -57,6 +57,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         """Seconds of this training that were spent on held-out windows."""
         self._per_step = schedule.windows * lesson.domains[0].windows.length
         """Tokens, over all processes."""
+        self._at_once = min(schedule.at_once * lesson.domains[0].windows.length, TOKENS_PER_BATCH)
 
     # Called by the Trainer
 
@@ -145,7 +146,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         model.eval()
         try:
             with self.student.computing():
-                return perplexity(model, windows or self.lesson.held_out, Progress()).value
+                return perplexity(model, windows or self.lesson.held_out, Progress(), self._at_once).value
         except NumericalError:
             return math.inf
         finally:
