@@ -23,6 +23,8 @@ LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
 SPREAD, GAP = 12.0, 2.0
 """By how much the logits of a row differ at first, so that about a third of its gates are open sometimes and closed sometimes, and by how
 much two that follow each other do at most, so that few units are tried too."""
+SHARPEST, DECIDED = 8.0, 0.8
+"""By what logits are multiplied in the end, and in which part of what follows when the targets are reached they come to that."""
 FARTHEST, HALVINGS = 16.0, 40
 """How far the logits of a row are shifted at most, beyond what they are, and how often what may be left of that is halved."""
 
@@ -69,6 +71,12 @@ class Gates(nn.Module):
         self._step, self._part = step, part
 
     @property
+    def sharpness(self) -> float:
+        """By what logits are multiplied in this step: 1 until the targets are reached, and then more and more, so that gates decide."""
+        late = max(0.0, self._part - self._ramp) / max(1 - self._ramp, 1e-9)
+        return float(SHARPEST ** min(1.0, late / DECIDED))
+
+    @property
     def settled(self) -> bool:
         """Whether the targets are reached."""
         return self._part >= self._ramp
@@ -76,19 +84,19 @@ class Gates(nn.Module):
     def values(self) -> dict[str, Float[Tensor, "groups units"]]:
         """All gates, by the keys of their rows: while the model is trained, as drawn in this step, and else as they are cut."""
         if not self.training:
-            return {row.key: stretched(self.logits(row, 1.0)) * self.open(row) for row in self.rows}
+            return {row.key: stretched(self.logits(row)) * self.open(row) for row in self.rows}
         generator = torch.Generator().manual_seed(self._step)
         share = min(1.0, self._part / self._ramp)
-        return {row.key: drawn(self.logits(row, share), generator) for row in self.rows}
+        return {row.key: drawn(self.logits(row, share, self.sharpness), generator) for row in self.rows}
 
     def open(self, row: Row) -> Bool[Tensor, "groups units"]:
         """The likeliest, as many as are to stay."""
         order = self.learned[row.key].detach().sort(dim=1, descending=True, stable=True).indices
         return torch.zeros_like(order, dtype=torch.bool).scatter_(1, order[:, : row.keep], True)
 
-    def logits(self, row: Row, share: float) -> Float[Tensor, "groups units"]:
-        """What is learned of the gates of a row, shifted to a share of the way to the target, with gradients."""
-        learned = self.learned[row.key]
+    def logits(self, row: Row, share: float = 1.0, sharpness: float = SHARPEST) -> Float[Tensor, "groups units"]:
+        """What is learned of the gates of a row, sharpened and shifted to a share of the way to the target, with gradients."""
+        learned = self.learned[row.key] * sharpness
         wanted = row.units - share * (row.units - row.keep)
         shift = _shift(learned.detach(), wanted)
         open_now = likely(learned + shift)
@@ -100,12 +108,12 @@ class Gates(nn.Module):
     @torch.no_grad()
     def expected(self, row: Row) -> Float[Tensor, " groups"]:
         """How many gates of a row are open on average."""
-        return likely(self.logits(row, 1.0)).sum(1)
+        return likely(self.logits(row)).sum(1)
 
     @torch.no_grad()
     def undecided(self) -> float:
         """The part of all gates that are neither open nor closed nine times of ten."""
-        found = torch.cat([likely(self.logits(row, 1.0)).flatten() for row in self.rows])
+        found = torch.cat([likely(self.logits(row)).flatten() for row in self.rows])
         return ((found > 0.1) & (found < 0.9)).float().mean().item()
 
 

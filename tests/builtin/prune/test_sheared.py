@@ -60,7 +60,7 @@ def test_as_many_gates_are_open_on_average_as_are_asked_for():
         assert gates.settled == (part >= 0.5)
         for row in made:
             wanted = row.units - share * (row.units - row.keep)
-            found = likely(gates.logits(row, share)).sum(1)
+            found = likely(gates.logits(row, share, gates.sharpness)).sum(1)
             assert_close(found, torch.full_like(found, wanted), atol=0.02 if share else 0.05, rtol=0)
 
 
@@ -78,7 +78,7 @@ def test_gradients_of_gates_are_along_the_constraint():
     weights = torch.rand(12, generator=torch.Generator().manual_seed(2))
 
     def total():
-        return (stretched(gates.logits(row, 1.0)) * weights).sum()
+        return (stretched(gates.logits(row, 1.0, 1.0)) * weights).sum()
 
     total().backward()
     found = gates.learned[row.key].grad[0].clone()
@@ -98,7 +98,21 @@ def test_the_likeliest_stay_in_the_order_of_scores():
     scores = torch.tensor([[3.0, 9.0, 1.0, 7.0, 2.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
     gates = Gates(made, {row.key: scores}, 0.2)
     assert [each.nonzero().flatten().tolist() for each in gates.open(row)] == [[1, 3], [3, 4]]
-    assert gates.logits(row, 1.0).abs().max() < FARTHEST
+    assert gates.logits(row, 1.0, 1.0).abs().max() < FARTHEST
+
+
+def test_gates_decide_in_the_end():
+    (row,) = made = rows((1, 100, 60))
+    gates = Gates(made, {row.key: torch.rand(1, 100, generator=torch.Generator().manual_seed(3))}, 0.2)
+
+    def undecided(part):
+        gates.begin(0, part)
+        found = likely(gates.logits(row, 1.0, gates.sharpness))
+        return ((found > 0.1) & (found < 0.9)).float().mean().item()
+
+    assert undecided(0.2) > 0.3
+    assert 0.05 < undecided(0.6) < 0.25
+    assert undecided(1.0) == gates.undecided() < 0.06
 
 
 # Gates in a model
@@ -110,7 +124,7 @@ def shorn(decoder: Decoder, step: Sheared, folder, seed: int = 0) -> Shearing:
     generator = torch.Generator().manual_seed(seed)
     gates = Gates(found, {}, 0.2)
     for value in gates.learned.values():
-        value.data = torch.randn(value.shape, generator=generator)
+        value.data = 0.2 * torch.randn(value.shape, generator=generator)
     copied, layer, axis = replace(decoder, model=copy.deepcopy(decoder.model)), decoder.layer(0), decoder.hidden()
     norms = [] if axis is None else norms_of(layer.module, local_members(axis, layer.prefix))
     behind = norms_behind(layer, Calibration(tiny.windows(2)).embed(decoder), norms)
