@@ -257,6 +257,7 @@ def _shape_of(axis: Axis, kind: AxisKind, output: str) -> AxisShape:
         grouped_by=axis.grouped_by,
         chosen=axis.chosen,
         possible=axis.possible,
+        pinned=axis.pinned,
         multiple=axis.multiple,
         size=kind.size_name,
         column=kind.heading,

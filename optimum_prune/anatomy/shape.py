@@ -36,6 +36,8 @@ class AxisShape:
     possible: Indices | None = field(default=None, compare=False)
     """The numbers of units that a config can say, if it cannot say them all. Not a size, and for `hidden` a matter of how many heads
     there are: foreseen from a larger model, there may be fewer of them than the smaller one has."""
+    pinned: Mapping[str, int] = field(default_factory=dict, compare=False)
+    """Fields of the config that stay as they are however many units there are."""
     multiple: int = 1
     """Kernels take no number of units but multiples of this."""
     size: str = ""

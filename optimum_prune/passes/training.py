@@ -64,7 +64,7 @@ class TrainingPass(Pass):
     float32: bool | None = option(
         "Keep weights in float32 while they are trained; if not given, where they fit in memory.", None
     )
-    keep_zeros: bool = option("Let the zeros of matrices that are zero by more than a quarter stay.", True)
+    keep_zeros: bool = option("Let the zeros of matrices that are zero by a quarter or more stay.", True)
     report_to: tuple[str, ...] = option(
         "Trackers: trackio, wandb, tensorboard (which writes into OUT.logs), mlflow, swanlab, clearml or comet_ml.", ()
     )

@@ -29,13 +29,15 @@ class Scorer:
     """What tells how much each part of a model matters: high means keep."""
 
     of: Callable[[Tensor], Tensor]
-    """Of values of weights, their scores; those of a part of the model are added."""
+    """Of values of weights, their scores; those of a unit are added."""
+    whole: Callable[[Iterable[float]], float]
+    """Of the scores of what makes up a part of the model, that of all of it."""
 
     def parts(self, layer: nn.Module, modules: Iterable[nn.Module]) -> float:
         """Of all weights in modules of a layer."""
         weights = (weight for module in modules for weight in module.parameters())
         with held(layer):
-            return sum(self.of(weight.detach()).sum(dtype=torch.float64).item() for weight in weights)
+            return self.whole(self.of(weight.detach()).sum(dtype=torch.float64).item() for weight in weights)
 
     def units(self, root: nn.Module, axis: Axis) -> Float[Tensor, "groups units"]:
         """Of each unit of an axis."""
@@ -57,12 +59,17 @@ class Scorer:
 def at_random(seed: int) -> Scorer:
     """Scores by chance, others each time they are asked for."""
     generator = torch.Generator().manual_seed(seed)
-    return Scorer(lambda values: torch.rand(values.shape, generator=generator))
+
+    def draw(_: Iterable[float]) -> float:
+        """The same however large a part is, and of whatever."""
+        return torch.rand((), generator=generator).item()
+
+    return Scorer(lambda values: torch.rand(values.shape, generator=generator), draw)
 
 
 def by_magnitude() -> Scorer:
     """Scores that are the magnitudes of weights."""
-    return Scorer(lambda values: values.abs().float())
+    return Scorer(lambda values: values.abs().float(), sum)
 
 
 def chosen_otherwise(decoder: Decoder, cuts: Cuts, scorer: Scorer) -> Cuts:
@@ -97,7 +104,7 @@ def _layers_otherwise(decoder: Decoder, kept: Sequence[int], scorer: Scorer) -> 
     scores = [scorer.parts(layer, [layer]) for layer in decoder.modules]
     if gone and gone[-1] - gone[0] == len(gone) - 1:
         starts = range(len(scores) - len(gone) + 1)
-        start = min(starts, key=lambda start: sum(scores[start : start + len(gone)]))
+        start = min(starts, key=lambda start: scorer.whole(scores[start : start + len(gone)]))
         going = set(range(start, start + len(gone)))
     else:
         going = set(sorted(range(len(scores)), key=lambda index: scores[index])[: len(gone)])

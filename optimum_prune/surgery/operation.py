@@ -35,9 +35,12 @@ def carry_out(decoder: Decoder, decision: Decision) -> None:
             raise SurgeryError(
                 f"{parts[0].capitalize()} of layer {index} are to be cut, but the model has layers 0 to {len(decoder) - 1}."
             )
+    hidden = (
+        decoder.hidden() if any(index is None for index, _ in cuts.units) else None
+    )  # the config knows of no other cut yet
     for index in cuts.touched:
         cut_layer(decoder.layer(index), cuts)
-    cut_model(decoder, cuts)
+    cut_model(decoder, cuts, hidden)
     assign(decoder.model, decision.weights)
     if cuts.layers is not None:
         keep_layers(decoder, cuts.layers)
@@ -80,12 +83,11 @@ def with_fewer_features(layer: DecoderLayer, axis: Axis, units: int) -> DecoderL
     return copied
 
 
-def cut_model(decoder: Decoder, cuts: Cuts) -> None:
-    """Makes of a whole model, in place, what the cuts say of its hidden states."""
+def cut_model(decoder: Decoder, cuts: Cuts, axis: Axis | None) -> None:
+    """Makes of a whole model, in place, what the cuts say of its hidden states, which are an axis of it."""
     for (index, name), kept in cuts.units.items():
         if index is not None:
             continue
-        axis = decoder.hidden()
         if axis is None or name != axis.name:
             raise SurgeryError(
                 f"The {name} of the model is to be cut, which the config of the family '{decoder.family.name}' cannot say."

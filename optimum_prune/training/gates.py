@@ -76,11 +76,6 @@ class Gates(nn.Module):
         late = max(0.0, self._part - self._ramp) / max(1 - self._ramp, 1e-9)
         return float(SHARPEST ** min(1.0, late / DECIDED))
 
-    @property
-    def settled(self) -> bool:
-        """Whether the targets are reached."""
-        return self._part >= self._ramp
-
     def values(self) -> dict[str, Float[Tensor, "groups units"]]:
         """All gates, by the keys of their rows: while the model is trained, as drawn in this step, and else as they are cut."""
         if not self.training:

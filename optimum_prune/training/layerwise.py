@@ -19,6 +19,7 @@ from optimum_prune.calibration.visit import LayerVisit
 from optimum_prune.machine import processes
 from optimum_prune.training.losses import relative_error
 from optimum_prune.training.schedule import rate_share
+from optimum_prune.training.student import masked
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -50,6 +51,8 @@ class Teaching:
     """Learning rate; None to choose it by the held-out error."""
     held_out: int
     """How many batches, at the end of the stream, are not trained on."""
+    zeros_stay: bool = True
+    """Whether the zeros of a matrix of which many are zero stay zero."""
     seed: int = 0
 
 
@@ -137,7 +140,7 @@ class _Lesson:
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: rate_share(step / steps, warmup, 1 / steps)
         )
-        order = self._order(steps)
+        order, there = self._order(steps), masked(weights) if self._teaching.zeros_stay else {}
         shown = {math.ceil(steps * look / looks) for look in range(1, looks + 1)}
         for step, position in enumerate(order, start=1):
             optimizer.zero_grad()
@@ -145,6 +148,8 @@ class _Lesson:
             _average(weights.values())
             optimizer.step()
             schedule.step()
+            for name, mask in there.items():
+                weights[name].data.mul_(mask)
             if step in shown:
                 yield weights
 

@@ -80,6 +80,8 @@ class Shearing(Student):
         rate: the learning rate of gates.
     """
 
+    left_alone = "it is cut as it began"
+
     def __init__(
         self, decoder: Decoder, folder: Path, gates: Gates, behind: Mapping[str, str], *, rate: float, **how: Any
     ) -> None:
@@ -187,11 +189,6 @@ class Shearing(Student):
                     module.__dict__[name] = value  # stands in front of the parameter
         with super().computing():
             yield
-
-    @property
-    def ready(self) -> bool:
-        """Whether the targets are reached."""
-        return self.gates.settled
 
     def begin(self, step: int, part: float) -> None:
         """Gates are drawn anew."""

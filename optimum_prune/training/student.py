@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 MANY_ZEROS = 0.25
-"""A matrix with a larger part of zeros was pruned by a mask."""
+"""A matrix with such a part of zeros was pruned by a mask."""
 GIVEN, BEST = "given.safetensors", "best.safetensors"
 
 
@@ -34,6 +34,9 @@ class Student:
         zeros_stay: whether the zeros of a matrix of which many are zero stay zero.
         trained: the parameters that are trained, by name; all of them if not given.
     """
+
+    left_alone = "the model is as it was"
+    """What is said of it where training made nothing better."""
 
     def __init__(
         self,
@@ -73,11 +76,6 @@ class Student:
             yield
 
     # While it is trained
-
-    @property
-    def ready(self) -> bool:
-        """Whether it may be kept as it is now."""
-        return True
 
     def begin(self, step: int, part: float) -> None:
         """A step begins, when a part of the training is behind."""
@@ -132,7 +130,7 @@ class Student:
 def masked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of each matrix of which many values are zero, where they are not."""
     pairs = ((name, value != 0) for name, value in weights.items() if value.ndim > 1)
-    return {name: there for name, there in pairs if 1 - there.float().mean().item() > MANY_ZEROS}
+    return {name: there for name, there in pairs if 1 - there.float().mean().item() >= MANY_ZEROS}
 
 
 def write_once(file: Path, weights: Iterable[tuple[str, Tensor]], about: Mapping[str, str]) -> None:

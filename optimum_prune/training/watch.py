@@ -42,8 +42,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         self._schedule = schedule
         self._looks: list[tuple[int, float]] = []
         """Steps, and the held-out perplexity after them."""
-        self._early: list[int] = []
-        """Of these, steps after which the model may not be kept as it was then."""
         self._losses: list[tuple[int, float, float]] = []
         """Steps, the loss of each, and its learning rate."""
         self._moves: list[tuple[int, list[float], list[float]]] = []
@@ -116,16 +114,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
     def _look(self, step: int) -> None:
         """Measures the held-out perplexity; the weights are kept if it is the best."""
         found = self._measured()
-        ready = [value for each, value in self._looks if each not in self._early]
+        best = min((value for _, value in self._looks), default=math.inf)
         self._looks.append((step, found))
         self.tell({"held_out_perplexity": found})
-        if step and not self.student.ready:
-            self._early.append(step)
-            return
-        if step and found < min(ready):
+        if step and found < best:
             self.student.keep(found, step)
-        ready.append(found)
-        since = len(ready) - 1 - min(range(len(ready)), key=ready.__getitem__)
+        since = len(self._looks) - 1 - min(range(len(self._looks)), key=lambda look: self._looks[look][1])
         if since >= self._schedule.patience:
             self._why = f"the held-out perplexity was no better in {since} looks"
 
@@ -159,7 +153,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
             "measuring": self._measuring,
             "mixture": self.mixture.state(),
             "looks": self._looks,
-            "early": self._early,
             "losses": self._losses,
             "moves": self._moves,
         }
@@ -170,7 +163,6 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         self._measuring = state["measuring"]
         self.mixture.load(state["mixture"])
         self._looks = [(step, value) for step, value in state["looks"]]
-        self._early = list(state["early"])
         self._losses = [(step, loss, rate) for step, loss, rate in state["losses"]]
         self._moves = [(step, losses, weights) for step, losses, weights in state["moves"]]
 
@@ -207,9 +199,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
             }
         told = f"perplexity on {self.lesson.held_out.source} from {before:,.2f} to {after:,.2f} with {tokens:,} tokens"
         if not better:
-            told = (
-                f"perplexity on {self.lesson.held_out.source} was never below {before:,.2f}, so the model is as it was"
-            )
+            told = f"perplexity on {self.lesson.held_out.source} was never below {before:,.2f}, so {self.student.left_alone}"
         if self._why:
             found["ended_early"] = self._why
             told += f" ({self._why})"

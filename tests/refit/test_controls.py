@@ -101,6 +101,20 @@ def test_as_much_is_kept_of_each_part(name, decoder, scorer):
     assert counts == [3, 2]  # three layers stay, one of them without its FFN
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe"])
+@pytest.mark.parametrize("kept", [(0, 1, 2), (0, 2, 4)], ids=["window", "apart"])
+def test_layers_go_at_random_whatever_their_sizes(name, kept, decoder):
+    """Of this mixture some layers are dense, and much smaller."""
+    counts = torch.zeros(len(decoder))
+    for seed in range(200):
+        left = chosen_otherwise(decoder, Cuts(layers=kept), at_random(seed)).layers
+        counts[list(left)] += 1
+    if kept == (0, 2, 4):
+        assert_close(counts / 200, torch.full_like(counts, 0.5), atol=0.12, rtol=0)
+    else:  # four windows of three
+        assert_close(counts / 200, torch.tensor([3, 2, 1, 1, 2, 3]) / 4, atol=0.12, rtol=0)
+
+
 def test_as_many_zeros_as_the_pass_made_lie_where_a_pattern_has_them():
     torch.manual_seed(0)
     scores, row = torch.rand(6, 16), torch.rand(6, 16)

@@ -122,6 +122,7 @@ class Bernoulli(PrunePass):
         """The units that may go, by what they are."""
         found: dict[str, Kind] = {}
         for block, (ratio, _) in self._targets().items():
+            what = "head_ratio" if block == ATTENTION else "ratio"
             places, possible = [], dict[int, tuple[int, ...]]()
             for index, layer in enumerate(shape.layers):
                 for axis in layer.within(block) if index not in self.protect else ():
@@ -136,12 +137,17 @@ class Bernoulli(PrunePass):
                     if group == 1 and axis.possible is not None:
                         possible[index] = axis.possible
             if not places:
-                what = "head_ratio" if block == ATTENTION else "ratio"
                 raise RecipeError(
                     f"bernoulli has a {what}, and no layer of this model has units that could go for it. Leave {what} out."
                 )
             units = sum(count for _, _, count in places)
-            found[block] = Kind(tuple(places), max(units - round(units * ratio), len(places)), possible)
+            keep = max(units - round(units * ratio), len(places))
+            if keep == units:
+                raise RecipeError(
+                    f"bernoulli has {what} {ratio:g}, by which none of {units} units or groups of them would go, one of each layer being kept. Ask "
+                    f"for more, or for smaller groups by multiple_of."
+                )
+            found[block] = Kind(tuple(places), keep, possible)
         if self.layers is not None:
             free = tuple((index, "", 1) for index in range(len(shape.layers)) if index not in self.protect)
             if self.layers >= len(free):
@@ -150,6 +156,13 @@ class Bernoulli(PrunePass):
                 )
             found[WHOLE] = Kind(free, len(free) - self.layers, {})
         return found
+
+    def remark(self, _: Shape) -> str:
+        return (
+            ""
+            if self.minutes is None
+            else f"{self.name} learns for {self.minutes:g} minutes, which are not in the time above."
+        )
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         step = work.on(max(1, self.batch // min(LENGTH, work.length)), min(LENGTH, work.length))

@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
+from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.anatomy.norms import norms_of
-from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD, AxisShape, LayerShape, Shape
+from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD, LayerShape, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.stream import walk_cost
+from optimum_prune.checkpoint.opening import meta_model
 from optimum_prune.errors import RecipeError, reason
 from optimum_prune.hooks.marker import hookimpl
+from optimum_prune.hooks.plugins import load
 from optimum_prune.machine import processes
 from optimum_prune.options import option
 from optimum_prune.passes.base import Pass
@@ -33,6 +36,7 @@ from optimum_prune.refit.principal import energies
 from optimum_prune.refit.projecting import norms_behind
 from optimum_prune.selection.bernoulli import Kind
 from optimum_prune.selection.importance import distances
+from optimum_prune.selection.likeness import as_narrow_as, check_alike
 from optimum_prune.selection.masked import structured_metric
 from optimum_prune.selection.otherwise import by_magnitude
 from optimum_prune.selection.targets import check_size, hidden_axis
@@ -43,20 +47,13 @@ from optimum_prune.training.sheared import Shearing
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig
 
-    from optimum_prune.anatomy.decoder import Decoder
     from optimum_prune.calibration.calibration import Calibration
     from optimum_prune.training.lesson import Lesson
 
 BLOCKS = {"heads": ATTENTION, "width": FEED_FORWARD}
-SIZES = {
-    "layers": ("num_hidden_layers",),
-    "heads": ("num_key_value_heads", "num_attention_heads"),
-    "width": ("moe_intermediate_size", "intermediate_size"),
-    "hidden_size": ("hidden_size",),
-}
-"""Options, and the fields of a config that say the same."""
+"""Options, and the blocks whose units they count."""
+SIZES = ("layers", *BLOCKS, "hidden_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,70 +86,47 @@ class Sheared(TrainingPass, PrunePass):
     # What there will be
 
     def foresee(self, shape: Shape) -> Shape:
+        layers = self.layers
         found = self._narrowed(shape)
-        if (layers := self._size("layers")) is not None:
+        if self.like is not None:
+            target = _shape_of(self.like)
+            layers = len(target.layers)
+        if layers is not None:
             if layers > len(shape.layers):
                 raise RecipeError(f"sheared is to leave {layers} layers of {len(shape.layers)}. Ask for fewer.")
             found = found.keep(range(layers))
+        if self.like is not None:
+            check_alike(self.name, found, target, self.like)
         if found == shape:
             raise RecipeError("sheared is to leave the shape that the model has. Ask for less.")
         return found
 
     def _narrowed(self, shape: Shape) -> Shape:
         """With the units that stay of each layer, and of hidden states."""
+        if self.like is not None:
+            return as_narrow_as(self.name, shape, _shape_of(self.like), self.like)
         found = shape
         for name, block in BLOCKS.items():
-            if (units := self._size(name)) is not None:
+            if (units := getattr(self, name)) is not None:
                 layers = tuple(self._narrowed_layer(layer, block, name, units) for layer in found.layers)
                 found = replace(found, layers=layers)
-        if (size := self._size("hidden_size")) is not None and size != shape.rest.units("hidden"):
-            check_size(self.name, "hidden_size", size, hidden_axis(self.name, shape))
-            found = found.narrowed({"hidden": size})
+        if self.hidden_size is not None and self.hidden_size != shape.rest.units("hidden"):
+            check_size(self.name, "hidden_size", self.hidden_size, hidden_axis(self.name, shape))
+            found = found.narrowed({"hidden": self.hidden_size})
         return found
 
     def _narrowed_layer(self, layer: LayerShape, block: str, name: str, units: int) -> LayerShape:
         """With so many units along the first axis of a block, and as large a part of any other there."""
         axes = layer.within(block)
         if not axes:
-            if self.like is not None or block not in layer.blocks:
+            if block not in layer.blocks:
                 return layer
             raise RecipeError(
                 f"sheared is to leave {units} {name}, but the config of this architecture cannot say how many there are. Leave {name} out."
             )
-        main = axes[0]
-        if units != main.units:
-            check_size(self.name, name, units, main)
-        if block == ATTENTION and self.like is not None:
-            self._check_queries(main)
-        return layer.narrowed({axis.name: axis.units * units // main.units for axis in axes})
-
-    def _size(self, name: str) -> int | None:
-        """The size that is asked for by an option, or that the model has whose shape is asked for."""
-        if self.like is None:
-            asked: int | None = getattr(self, name)
-            return asked
-        config, fields = _config_of(self.like), SIZES[name]
-        found = next((value for value in (getattr(config, each, None) for each in fields) if value is not None), None)
-        if not isinstance(found, int):
-            raise RecipeError(
-                f"sheared is to leave the shape of {self.like}, whose config has no {fields[-1]}. Give the sizes instead of 'like'."
-            )
-        return found
-
-    def _check_queries(self, axis: AxisShape) -> None:
-        """Refuses a model to be like whose query heads go together otherwise, or are of another size."""
-        config = _config_of(self.like or "")
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width = (
-            config.num_attention_heads
-            * size
-            // (getattr(config, SIZES["heads"][0], None) or config.num_attention_heads)
-        )
-        if width != axis.width:
-            raise RecipeError(
-                f"sheared is to leave the shape of {self.like}, of which a key-value head has queries of {width} features in all, and of this "
-                f"model {axis.width}, which no cut changes. Name a model that has as many, or give the sizes instead of 'like'."
-            )
+        if units != axes[0].units:
+            check_size(self.name, name, units, axes[0])
+        return layer.narrowed({axis.name: axis.units * units // axes[0].units for axis in axes})
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         walks = walk_cost(work, shape, streams=3)
@@ -235,19 +209,20 @@ class Sheared(TrainingPass, PrunePass):
 
 
 @lru_cache(maxsize=4)
-def _config_of(model: str) -> PreTrainedConfig:
-    """The config of the decoder of a model, by folder or Hub id.
+def _shape_of(model: str) -> Shape:
+    """The shape of a model, by folder or Hub id; reads its config.
 
     Raises:
-        RecipeError: it cannot be read.
+        RecipeError: it cannot be read, or is of no architecture that is known.
     """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model).get_text_config()
+        made = meta_model(AutoConfig.from_pretrained(model), trust_remote_code=False)
+        return Decoder.of(made, load().families).shape()
     except Exception as error:  # transformers raises many kinds
         raise RecipeError(
-            f"sheared is to leave the shape of {model}, whose config cannot be read: {reason(error)}"
+            f"sheared is to leave the shape of {model}, which cannot be read: {reason(error)}"
         ) from error
 
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
+
 from optimum_prune.anatomy.shape import Shape
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.statistics import SquaredNorms
@@ -76,6 +78,8 @@ class Wanda(PrunePass):
 
     def _sparse(self, weights: Sequence[Tensor], inputs: SquaredNorms) -> list[Tensor]:
         norms = inputs.value.sqrt().float()
+        if not norms.any():  # no token reached it, as may be with one of many in a mixture: by magnitude alone
+            norms = torch.ones_like(norms)
         return [self._without_lowest(weight, norms.to(weight.device)) for weight in weights]
 
     def _without_lowest(self, weight: Tensor, norms: Tensor) -> Tensor:

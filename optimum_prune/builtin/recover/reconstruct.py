@@ -53,6 +53,7 @@ class Reconstruct(RecoverPass):
         above=0,
         below=1,
     )
+    keep_zeros: bool = option("Let the zeros of matrices that are zero by a quarter or more stay.", True)
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         """Both models run once, and each block of each layer is trained, in float32."""
@@ -75,7 +76,8 @@ class Reconstruct(RecoverPass):
         dense = _Dense(recovery, at_once)
         layers = {}
         for visit in calibration.walk(recovery.decoder, "Reconstructing", at_once):
-            teaching = Teaching(self.steps, self.learning_rate, max(1, len(visit.stream) // HELD_OUT))
+            held_out = max(1, len(visit.stream) // HELD_OUT)
+            teaching = Teaching(self.steps, self.learning_rate, held_out, self.keep_zeros)
             layers[str(visit.index)] = dict(_reconstructed(visit, dense.goals(visit), teaching, calibration))
         return {"reconstructed": layers, NOTE: _told([block for layer in layers.values() for block in layer.values()])}
 

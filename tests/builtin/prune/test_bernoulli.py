@@ -180,6 +180,8 @@ def test_windows_of_a_step_are_parts_of_those_there_are():
     [
         ("llama", {"ratio": 0.5, "multiple_of": 7}, "groups of 7"),
         ("llama", {"layers": tiny.LAYERS}, "Leave at least one in"),
+        ("llama", {"ratio": 0.5, "multiple_of": tiny.WIDTH}, "by which none of 6 units or groups of them would go"),
+        ("llama", {"head_ratio": 0.01}, "by which none of 12 units"),
         ("gpt2", {"head_ratio": 0.5}, "no layer of this model has units"),
         ("mixtral", {"ratio": 0.5}, "no layer of this model has units"),
     ],

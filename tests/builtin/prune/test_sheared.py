@@ -16,6 +16,7 @@ from trained import digests, recipe_on, trained
 from optimum_prune import compress, load_model
 from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.anatomy.norms import norms_of
+from optimum_prune.builtin.prune.bernoulli import Bernoulli
 from optimum_prune.builtin.prune.sheared import Sheared
 from optimum_prune.calibration.calibration import Calibration
 from optimum_prune.errors import RecipeError
@@ -57,7 +58,6 @@ def test_as_many_gates_are_open_on_average_as_are_asked_for():
     gates = Gates(made, scores, 0.5)
     for part, share in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (1.0, 1.0)):
         gates.begin(0, part)
-        assert gates.settled == (part >= 0.5)
         for row in made:
             wanted = row.units - share * (row.units - row.keep)
             found = likely(gates.logits(row, share, gates.sharpness)).sum(1)
@@ -341,7 +341,7 @@ def test_options_that_cannot_be_are_refused(options, why):
         ("llama", {"width": 100}, "has width 100, and there are 64 channels of the FFN. Ask for fewer"),
         ("gpt2", {"heads": 1}, "config of this architecture cannot say how many there are. Leave heads out"),
         ("gpt2", {"hidden_size": 8}, "config of this architecture cannot say another size"),
-        ("llama", {"like": "/nowhere/at/all"}, "the shape of /nowhere/at/all, whose config cannot be read"),
+        ("llama", {"like": "/nowhere/at/all"}, "the shape of /nowhere/at/all, which cannot be read"),
     ],
 )
 def test_shapes_that_cannot_be_are_refused(name, options, why, plugins):
@@ -349,11 +349,58 @@ def test_shapes_that_cannot_be_are_refused(name, options, why, plugins):
         Sheared(**options).foresee(Decoder.of(tiny.model(name), plugins.families).shape())
 
 
-def test_a_model_whose_heads_are_others_is_no_target(plugins, tmp_path):
-    other = tiny.model("llama").config
-    other.num_attention_heads, other.num_key_value_heads, other.head_dim = 4, 1, 8
-    other.save_pretrained(tmp_path)
-    with pytest.raises(
-        RecipeError, match="of which a key-value head has queries of 32 features in all, and of this model 16"
-    ):
-        Sheared(like=str(tmp_path)).foresee(Decoder.of(tiny.model("llama"), plugins.families).shape())
+def like(config, folder, plugins, of="llama"):
+    """What a model foresees that is to be like another."""
+    config.save_pretrained(folder)
+    return Sheared(like=str(folder)).foresee(Decoder.of(tiny.model(of), plugins.families).shape())
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "qwen3_moe", "deepseek_v3"])
+def test_a_model_is_like_itself_and_narrower_ones(name, plugins, tmp_path):
+    config = tiny.model(name).config
+    with pytest.raises(RecipeError, match="is to leave the shape that the model has"):
+        like(config, tmp_path, plugins, name)
+    config.num_hidden_layers = 5
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:5]
+    foreseen = like(config, tmp_path / "shorter", plugins, name)
+    assert len(foreseen.layers) == 5
+    assert foreseen.layers == Decoder.of(tiny.model(name), plugins.families).shape().layers[:5]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "why"),
+    [
+        ("llama", {"num_key_value_heads": 1, "head_dim": 8}, "whose key-value heads are of another size"),
+        ("llama", {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}, "heads are of another size"),
+        (
+            "llama",
+            {"intermediate_size": 80},
+            "has width like .* 80, and there are 64 channels of the FFN. Ask for fewer",
+        ),
+        ("llama", {"intermediate_size": 40, "mlp_bias": False}, "whose layers have .* parameters, and would leave"),
+        ("qwen3_moe", {"num_experts": 2, "num_experts_per_tok": 2}, "has 2 experts where this model has 4"),
+    ],
+)
+def test_a_model_that_no_cut_leaves_is_no_target(name, changes, why, plugins, tmp_path):
+    config = tiny.model(name).config
+    for field, value in changes.items():
+        setattr(config, field, value)
+    with pytest.raises(RecipeError, match=why):
+        like(config, tmp_path, plugins, name)
+
+
+@pytest.mark.parametrize("budget", [{"ramp": 1.0}, {"steps": 1}, {"ramp": 0.9, "steps": 4}], ids=str)
+def test_what_was_learned_is_kept_however_late_the_target_is_reached(budget, recipe, tmp_path):
+    report = compress(recipe(Sheared(**{**SHORT, "width": 40, **budget})), tmp_path / "out")
+    found = trained(report)
+    assert found["held_out"]["after"] < found["held_out"]["before"]
+    assert found["held_out"]["after"] == pytest.approx(min(value for _, value in found["looks"]), rel=1e-5)
+
+
+def test_layers_that_differ_become_alike(recipe, tmp_path):
+    uneven = Bernoulli(ratio=0.25, steps=2, batch=64, multiple_of=4)
+    report = compress(recipe(uneven, Sheared(**SHORT, width=16, heads=1, hidden_size=16)), tmp_path / "out")
+    config = load_model(tmp_path / "out").config
+    assert (config.intermediate_size, config.num_key_value_heads, config.hidden_size) == (16, 1, 16)
+    assert report.stock

@@ -15,6 +15,7 @@ from optimum_prune import Calibration, Decoder
 from optimum_prune.anatomy.matrices import matrices
 from optimum_prune.builtin.prune.sparsegpt import SparseGPT
 from optimum_prune.builtin.prune.wanda import Wanda
+from optimum_prune.calibration.statistics import SquaredNorms
 from optimum_prune.errors import RecipeError
 from optimum_prune.refit.sparsifying import inverse_factor, without_lowest
 from optimum_prune.selection.sparsity import Sparsity
@@ -151,6 +152,21 @@ def test_an_expert_is_judged_by_the_tokens_that_are_routed_to_it(name, decoder, 
             gone = scores.argsort(dim=1)[:, : int(weight.shape[1] * 0.5)]
             assert_close(new, weight.scatter(1, gone, 0.0), rtol=0, atol=0)
     assert reached > 1
+
+
+@pytest.mark.parametrize("options", [{"ratio": 0.5}, {"ratio": 0.5, "share": "mass"}, {"pattern": "2:4"}], ids=str)
+def test_what_no_token_reached_goes_by_magnitude(options):
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    (found,) = Wanda(**options)._sparse([weight], SquaredNorms(32, torch.device("cpu")))
+    (wanted,) = Wanda(**options)._sparse([weight], _ones(32))
+    assert torch.equal(found, wanted)
+    assert 0.45 < (found == 0).float().mean() < 0.55
+
+
+def _ones(features: int) -> SquaredNorms:
+    norms = SquaredNorms(features, torch.device("cpu"))
+    norms.add(torch.ones(1, features))
+    return norms
 
 
 def test_by_mass_rows_whose_scores_are_alike_lose_fewer():

@@ -19,6 +19,7 @@ from trained import digests, recipe_on, trained
 from optimum_prune import Depth, Osscar, Pruner, Recipe, Settings, Text, compress, load_model
 from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
+from optimum_prune.builtin.prune.wanda import Wanda
 from optimum_prune.builtin.recover.distill import Distill
 from optimum_prune.builtin.recover.pretrain import Pretrain
 from optimum_prune.builtin.recover.reconstruct import Reconstruct
@@ -121,6 +122,14 @@ def test_reconstruction_brings_layers_nearer_to_the_dense_model(recipe, tmp_path
     errors = [block for layer in layers.values() for block in layer.values()]
     assert all(block["after"] <= block["before"] for block in errors)
     assert sum(block["after"] for block in errors) < 0.99 * sum(block["before"] for block in errors)
+
+
+@pytest.mark.parametrize("step", [Reconstruct(steps=4), Distill(**SHORT)], ids=["reconstruct", "distill"])
+@pytest.mark.parametrize("stay", [True, False])
+def test_zeros_of_a_mask_stay_zero(step, stay, recipe, tmp_path):
+    compress(recipe(Wanda(pattern="3:4"), replace(step, keep_zeros=stay)), tmp_path / "out")
+    left = [layer.mlp.up_proj.weight for layer in load_model(tmp_path / "out").model.layers]
+    assert all(((weight == 0).float().mean() >= 0.25) == stay for weight in left)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral", "opt-post-norm"])
