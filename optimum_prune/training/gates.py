@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
 
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 2 / 3
 SPREAD, GAP = 12.0, 2.0
@@ -81,7 +81,7 @@ class Gates(nn.Module):
         if not self.training:
             return {row.key: stretched(self.logits(row)) * self.open(row) for row in self.rows}
         generator = torch.Generator().manual_seed(self._step)
-        share = min(1.0, self._part / self._ramp)
+        share = min(1.0, self._part / self._ramp) if self._ramp else 1.0
         return {row.key: drawn(self.logits(row, share, self.sharpness), generator) for row in self.rows}
 
     def open(self, row: Row) -> Bool[Tensor, "groups units"]:
@@ -143,6 +143,10 @@ def _started(row: Row, scores: Tensor | None) -> Tensor:
     """What the gates of a row begin with: by the order of their scores."""
     if scores is None:
         return torch.zeros(row.groups, row.units)
-    ranks = scores.argsort(dim=1, stable=True).argsort(dim=1, stable=True)
     last = max(row.units - 1, 1)
-    return min(SPREAD, GAP * last) * (ranks / last - 0.5)
+    return min(SPREAD, GAP * last) * (ranks(scores) / last - 0.5)
+
+
+def ranks(scores: Float[Tensor, "groups units"]) -> Int[Tensor, "groups units"]:
+    """Of each unit, how many of its group have a lower score, or the same and come first."""
+    return scores.argsort(dim=1, stable=True).argsort(dim=1, stable=True)

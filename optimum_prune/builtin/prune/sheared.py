@@ -2,16 +2,17 @@
 
 Stage 1 of Sheared LLaMA (Xia et al., arXiv 2310.06694). Each layer, key-value head, FFN channel and feature of hidden states is multiplied
 by a hard-concrete gate that is drawn anew in each step. The expected number of open gates, of each layer, is held at that of the target
-shape, which is reached after a fifth of the training (`training/gates.py`). Whenever the model is looked at, it is as it would be
+shape (`training/gates.py`), in the paper after a fifth of the training. Whenever the model is looked at, it is as it would be
 cut then: the likeliest gates stay, exactly as many as the shape has. At the end gates are multiplied into the weights, once, and a stock
 checkpoint of the target shape comes out.
 
-Ours differs in what gates begin with: not all alike, but in the order of how much their units seem to matter by their weights and inputs.
+Ours differs in where it begins: with the model cut at once and refitted in closed form (`refit/first_cut.py`), and with gates in the order of
+how much their units seem to matter, so that a short training need not find out what is known. Hidden states are not refitted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -32,6 +33,7 @@ from optimum_prune.options import option
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
 from optimum_prune.passes.training import TrainingPass
+from optimum_prune.refit.first_cut import first_cut
 from optimum_prune.refit.principal import energies
 from optimum_prune.refit.projecting import norms_behind
 from optimum_prune.selection.bernoulli import Kind
@@ -41,8 +43,8 @@ from optimum_prune.selection.masked import structured_metric
 from optimum_prune.selection.otherwise import by_magnitude
 from optimum_prune.selection.targets import check_size, hidden_axis
 from optimum_prune.surgery.cuts import NOTE, Decision
-from optimum_prune.surgery.operation import local_members, sharing_copy
-from optimum_prune.training.gates import Gates, Row
+from optimum_prune.surgery.operation import assign, local_members, sharing_copy
+from optimum_prune.training.gates import Gates, Row, ranks
 from optimum_prune.training.sheared import Shearing
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
 BLOCKS = {"heads": ATTENTION, "width": FEED_FORWARD}
 """Options, and the blocks whose units they count."""
 SIZES = ("layers", *BLOCKS, "hidden_size")
+CHOSEN = "chosen."
+"""What stands in front of the key of a row, beside names of weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +71,17 @@ class Sheared(TrainingPass, PrunePass):
     width: int | None = option("How many FFN channels stay in each layer.", None, at_least=1)
     hidden_size: int | None = option("How many features of hidden states stay.", None, at_least=1)
     like: str | None = option("A model, by folder or Hub id, whose shape is the target, instead.", None)
-    start: Literal["metric", "flat"] = option(
-        "Begin with gates in the order of how much their units seem to matter, or with all alike.", "metric"
+    start: Literal["refitted", "metric", "flat"] = option(
+        "Begin with the model cut at once and refitted, with gates in the order of how much their units seem to matter, or with all alike.",
+        "refitted",
     )
     gate_rate: float = option("The learning rate of gates.", 0.1, above=0)
-    ramp: float = option("The part of the training after which the target is reached.", 0.2, above=0, at_most=1)
+    ramp: float = option(
+        "The part of the training after which the target is reached; what is refitted begins there.",
+        0.2,
+        above=0,
+        at_most=1,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,7 +154,14 @@ class Sheared(TrainingPass, PrunePass):
             lesson = lesson.with_references(decoder.model)
         rows = self._rows(decoder)
         scores = calibration.once("start", partial(self._scores, decoder, calibration, rows))
-        student = self._student(decoder, calibration, lesson, Gates(rows, scores, self.ramp))
+        refitted: dict[str, Tensor] = {}
+        if self.start == "refitted":
+            refitted = calibration.once("refitted", partial(self._refitted, decoder, calibration, rows, scores))
+            scores |= {
+                name.removeprefix(CHOSEN): refitted.pop(name) for name in [*refitted] if name.startswith(CHOSEN)
+            }
+        gates = Gates(rows, scores, 0.0 if refitted else self.ramp)
+        student = self._student(decoder, calibration, lesson, gates, refitted)
         found = dict(train(student, lesson, Likelihood(), self.scheduled(decoder, lesson)))
         off = max(float((student.gates.expected(row) / row.keep - 1).abs().max()) for row in rows)
         evidence = {NOTE: found.pop(NOTE), "off_target": off, "undecided": student.gates.undecided(), "trained": found}
@@ -189,11 +206,38 @@ class Sheared(TrainingPass, PrunePass):
                 found[row.key] = energies(decoder, calibration, axis)[None]
         return found
 
-    def _student(self, decoder: Decoder, calibration: Calibration, lesson: Lesson, gates: Gates) -> Shearing:
-        """A copy of the model with gates."""
+    def _refitted(
+        self, decoder: Decoder, calibration: Calibration, rows: Sequence[Row], scores: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Weights of the model cut at once; and as `CHOSEN` and its key, of each row, scores by which what that keeps comes first."""
+        layers = next(
+            (scores[row.key][0].topk(row.keep).indices.tolist() for row in rows if not row.axis), range(len(decoder))
+        )
+        inner = {(row.layer, row.axis): row for row in rows if row.layer is not None}
+        sizes = {(index, name): row.keep for (index, name), row in inner.items()}
+        cut = first_cut(decoder, calibration, layers, sizes)
+        found = dict(cut.weights)
+        for place, kept in cut.units.items():
+            row = inner[place]
+            chosen = torch.zeros(row.groups, row.units, dtype=torch.bool)
+            for group, units in enumerate(kept if row.groups > 1 else [kept]):
+                chosen[group, list(units)] = True  # type: ignore[arg-type]  # of one group
+            found[f"{CHOSEN}{row.key}"] = ranks(scores[row.key]) + row.units * chosen
+        return found
+
+    def _student(
+        self,
+        decoder: Decoder,
+        calibration: Calibration,
+        lesson: Lesson,
+        gates: Gates,
+        weights: Mapping[str, Tensor],
+    ) -> Shearing:
+        """A copy of the model with gates, and with some other weights."""
         copied = replace(decoder, model=sharing_copy(decoder.model))
         for value in copied.model.parameters():
             value.data = value.data.clone()
+        assign(copied.model, weights)
         few = calibration.windows.part(slice(processes.size()))
         layer, axis = decoder.layer(0), decoder.hidden()
         norms = [] if axis is None else norms_of(layer.module, local_members(axis, layer.prefix))
