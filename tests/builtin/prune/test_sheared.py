@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from torch.testing import assert_close
-from trained import digests, recipe_on, trained
+from trained import digests, dying, recipe_on, trained
 
 from optimum_prune import Osscar, compress, load_model
 from optimum_prune.anatomy.decoder import Decoder
@@ -296,20 +296,11 @@ def test_training_that_diverges_leaves_the_model_as_it_was_cut_at_first(recipe, 
 
 
 @pytest.mark.parametrize("step", [2, 7])
-def test_a_run_that_was_killed_goes_on(step, recipe, tmp_path, monkeypatch):
+def test_a_run_that_was_killed_goes_on(step, recipe, tmp_path):
     wanted = recipe(Sheared(**SHORT, **SHAPES["llama"], checkpoint_minutes=0))
     compress(wanted, tmp_path / "whole")
-    seen = Watch.on_step_end
-
-    def die(self, args, state, control, **rest):
-        if state.global_step == step:
-            raise KeyboardInterrupt
-        return seen(self, args, state, control, **rest)
-
-    monkeypatch.setattr(Watch, "on_step_end", die)
-    with pytest.raises(KeyboardInterrupt):
+    with dying(step):
         compress(wanted, tmp_path / "out")
-    monkeypatch.setattr(Watch, "on_step_end", seen)
     compress(wanted, tmp_path / "out")
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
     assert trained(Report.read(tmp_path / "out")) | {"seconds": 0, "tokens_per_second": 0} == trained(

@@ -14,7 +14,7 @@ import tiny
 import torch
 import yaml
 from folder_passes import Archive
-from trained import digests, recipe_on, trained
+from trained import digests, dying, recipe_on, trained
 
 from optimum_prune import Depth, Osscar, Pruner, Recipe, Settings, Text, compress, load_model
 from optimum_prune.anatomy.decoder import Decoder
@@ -89,18 +89,10 @@ def test_a_run_that_was_killed_while_it_trained_goes_on(step, precompute, recipe
         DEPTH, Reconstruct(steps=4), Distill(**SHORT, precompute=precompute, checkpoint_minutes=0), Archive()
     )
     whole = compress(wanted, tmp_path / "whole")
-    seen = Watch.on_step_end
-
-    def die(self, args, state, control, **rest):
-        if state.global_step == step:
-            raise KeyboardInterrupt
-        return seen(self, args, state, control, **rest)
-
-    monkeypatch.setattr(Watch, "on_step_end", die)
-    with pytest.raises(KeyboardInterrupt):
+    with dying(step):
         compress(wanted, tmp_path / "out")
     assert (tmp_path / "out.unfinished/training/2-distill").is_dir()
-    steps = []
+    steps, seen = [], Watch.on_step_end
 
     def see(self, args, state, control, **rest):
         steps.append(state.global_step)
