@@ -129,3 +129,13 @@ def drawn(
             chance = torch.rand(len(probabilities), generator=generator, dtype=probabilities.dtype)
         masks.append((chance if number % 2 == 0 else 1 - chance) < probabilities)
     return masks
+
+
+def told(found: Mapping[str, float], best: str, steps: int) -> str:
+    """What a person is to know of the perplexities of cuts, and of the one that was chosen."""
+    figures = f"with the cut as learned in {steps} steps perplexity {found['learned']:,.2f}, as it began {found['start']:,.2f}"
+    if best == "learned":
+        return figures
+    if best == "start":
+        return f"{figures}; so it is cut as it began"
+    return f"{figures}, after {best} of the steps {found[best]:,.2f}; so it is cut as it was then"

@@ -3,8 +3,8 @@
 Each group of FFN channels, each key-value head and, if asked for, each layer has a probability of staying. In a step masks are drawn from
 these, the model runs forward with each on the same few windows, and a policy gradient moves the probabilities
 (`selection/bernoulli.py`); they are then lowered until no more stays on average than is wanted, in all layers together. So every layer
-finds its own widths. At the end the most probable stay, and what is left is refitted by least squares. What was learned is compared with
-what it began with, on other windows, and the better one is cut.
+finds its own widths. At the end the most probable stay, and what is left is refitted by least squares. What was learned, also on the way,
+is compared with what it began with, on other windows, and the best is cut.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
 from optimum_prune.refit.controls import Comparison, controls_cost
 from optimum_prune.refit.narrowing import Narrowing
-from optimum_prune.selection.bernoulli import WHOLE, Baseline, Kind, drawn, gradient, projected
+from optimum_prune.selection.bernoulli import WHOLE, Baseline, Kind, drawn, gradient, projected, told
 from optimum_prune.selection.masked import Masked, some_windows, structured_metric
 from optimum_prune.selection.targets import Target, check_named_once, check_protected
 from optimum_prune.surgery.cuts import NOTE, Cuts, Decision
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 LENGTH = 128
 """Tokens of a window of a step."""
 STEPS = 500
+ON_THE_WAY = {"a third": 1 / 3, "two thirds": 2 / 3}
+"""Parts of the learning after which the probabilities are looked at beside those in the end."""
 
 State = Mapping[str, Tensor]
 """Of each kind, the probabilities of its units."""
@@ -67,7 +69,7 @@ class Bernoulli(PrunePass):
     minutes: float | None = option("The same, as a time.", None, above=0, below=math.inf)
     masks: int = option("Masks of a step.", 2, at_least=2)
     batch: int = option("Tokens of a step, for each mask; at least one window is taken.", 512, at_least=1)
-    learning_rate: float = option("How far probabilities move in a step, at first.", 0.02, above=0, below=1)
+    learning_rate: float = option("How far probabilities move in a step, at first.", 0.005, above=0, below=1)
     damping: float = option(
         "For refitting: added to the gram's diagonal, relative to its mean.", 0.01, above=0, below=math.inf
     )
@@ -180,16 +182,14 @@ class Bernoulli(PrunePass):
         shape = decoder.shape()
         kinds = self._kinds(shape)
         start = calibration.once("start", partial(self._started, decoder, calibration, kinds))
-        learned, losses = self._learned(decoder, calibration, kinds, start)
-        chosen = {"start": self._cuts(shape, kinds, start), "learned": self._cuts(shape, kinds, learned)}
+        states, losses = self._learned(decoder, calibration, kinds, start)
+        chosen = {name: self._cuts(shape, kinds, state) for name, state in {"start": start, **states}.items()}
         refits = {
             f"{layer.prefix}{axis.output}" for layer in decoder.layers for axis in layer.axes.values() if axis.output
         }
         found = calibration.once("compared", partial(Comparison(decoder, refits).perplexities, chosen, calibration))
-        best = "learned" if found["learned"] < found["start"] else "start"
-        yield Decision(
-            evidence={"perplexity_with_cut": found, "losses": losses, NOTE: _told(found, best, len(losses))}
-        )
+        best = min(found, key=lambda name: found[name])
+        yield Decision(evidence={"perplexity_with_cut": found, "losses": losses, NOTE: told(found, best, len(losses))})
         yield from self._cut(decoder, calibration, chosen[best])
 
     def _cut(self, decoder: Decoder, calibration: Calibration, cuts: Cuts) -> Iterator[Decision]:
@@ -244,20 +244,23 @@ class Bernoulli(PrunePass):
 
     def _learned(
         self, decoder: Decoder, calibration: Calibration, kinds: Mapping[str, Kind], start: State
-    ) -> tuple[State, list[float]]:
-        """The probabilities in the end, and the mean loss of the masks of each step."""
+    ) -> tuple[dict[str, State], list[float]]:
+        """The probabilities on the way and in the end, and the mean loss of the masks of each step."""
         state, baseline, losses, spent = dict(start), Baseline(), list[float](), 0.0
+        on_the_way: dict[str, State] = {}
         with Masked(decoder, kinds).ready() as masked:
             most = self._most(calibration.windows.length)
             for number in calibration.track(range(most), "Learning masks"):
                 done = spent / (60 * self.minutes) if self.minutes else number / most
+                passed = [name for name, part in ON_THE_WAY.items() if done >= part]
+                on_the_way |= {name: state for name in passed if name not in on_the_way}
                 if done >= 1:
                     break
                 step = partial(self._step, masked, calibration, (state, baseline), number, done)
                 made = calibration.once("step", step)
                 state, baseline = dict(made["state"]), Baseline(*made["baseline"])
                 losses, spent = [*losses, made["loss"]], spent + made["seconds"]
-        return state, losses
+        return {**on_the_way, "learned": state}, losses
 
     def _most(self, length: int) -> int:
         """How many steps there are at most, on windows of so many tokens."""
@@ -288,11 +291,6 @@ class Bernoulli(PrunePass):
         seconds = processes.broadcast_from_first(lambda: time.perf_counter() - started)
         mean = sum(losses) / len(losses)
         return {"state": new, "baseline": [after.square], "loss": mean, "seconds": seconds}
-
-
-def _told(found: Mapping[str, float], best: str, steps: int) -> str:
-    figures = f"with the cut as learned in {steps} steps perplexity {found['learned']:,.2f}, as it began {found['start']:,.2f}"
-    return figures if best == "learned" else f"{figures}; so it is cut as it began"
 
 
 @hookimpl
