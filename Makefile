@@ -35,7 +35,7 @@ demo: $(DEMO)/evaluation.txt
 test: lint check check-plugins
 
 check: $(VENV)/ready
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto
 
 check-plugins: $(ALL)/ready
 	$(ALL)/bin/python -m pytest plugins -n 2

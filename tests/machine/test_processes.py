@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from accelerate import cpu_offload, dispatch_model
+from filelock import FileLock  # which torch brings along
 from safetensors.torch import load_file
 
 from optimum_prune import Depth, Osscar, Pruner
@@ -22,7 +23,6 @@ from optimum_prune.builtin.prune.block_pruner import BlockPruner
 from optimum_prune.errors import SurgeryError
 from optimum_prune.testing import pruned
 
-pytestmark = pytest.mark.xdist_group("processes")  # what every case leaves is made once
 TESTS = Path(__file__).parent.parent
 ALONE = [sys.executable]
 TWO, THREE = (
@@ -41,13 +41,20 @@ def run(*command, timeout=600):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What every case leaves, by the number of processes."""
-    folders = {}
-    for count, launcher in ((1, ALONE), (2, TWO), (3, THREE)):
-        folders[count] = tmp_path_factory.mktemp(f"processes-{count}")
-        cases = BY_THREE if count == 3 else process_runs.CASES
-        done = run(*launcher, TESTS / "machine" / "process_runs.py", folders[count], *cases)
-        assert done.returncode == 0, done.stderr
+    """What every case leaves, by the number of processes; made once, however many workers ask for it."""
+    base = tmp_path_factory.getbasetemp()
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "processes"
+    place.mkdir(exist_ok=True)
+    folders = {count: place / str(count) for count in (1, 2, 3)}
+    with FileLock(place / "lock"):
+        for count, launcher in ((1, ALONE), (2, TWO), (3, THREE)):
+            if (folders[count] / "done").exists():
+                continue
+            folders[count].mkdir(exist_ok=True)
+            cases = BY_THREE if count == 3 else process_runs.CASES
+            done = run(*launcher, TESTS / "machine" / "process_runs.py", folders[count], *cases)
+            assert done.returncode == 0, done.stderr
+            (folders[count] / "done").touch()
     return folders
 
 
