@@ -91,15 +91,16 @@ class Axis:
     @property
     def width(self) -> int:
         """Features that a unit puts in front of `output`."""
-        return sum(self._outgoing.stretches)
+        return sum(self.outgoing.stretches)
 
     @property
-    def _outgoing(self) -> Member:
+    def outgoing(self) -> Member:
+        """Where the units lie in `output`."""
         return next(member for member in self.members if member.path == self.output)
 
     def inputs(self, kept: Sequence[int]) -> Int[Tensor, " features"]:
         """Indices of the inputs of `output` that belong to kept units."""
-        return self._outgoing.features(torch.tensor(kept), self.units)
+        return self.outgoing.features(torch.tensor(kept), self.units)
 
     def size_along(self, member: Member) -> int:
         """How long the dimension of a member is."""

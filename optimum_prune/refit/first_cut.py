@@ -92,7 +92,7 @@ def _note(found: FirstCut, layer: DecoderLayer, decision: Decision) -> None:
 def _spread(old: Tensor, new: Tensor, axis: Axis, kept: Units) -> Tensor:
     """A weight with the values of a narrower one where that has inputs."""
     whole = old.clone()
-    dim = next(member.dim for member in axis.members if member.path == axis.output)
+    dim = axis.outgoing.dim
     if not axis.groups:
         return whole.index_copy_(dim, _inputs(axis, kept, old), new.to(old))  # type: ignore[arg-type]  # of one group
     for group, units in enumerate(kept):

@@ -115,7 +115,7 @@ class Shearing(Student):
     def _gate_units(self, row: Row, axis: Axis) -> None:
         """What a layer computes of units, where it is put out."""
         assert row.layer is not None
-        member = next(member for member in axis.members if member.path == axis.output)
+        member = axis.outgoing
         features = member.features(torch.arange(axis.units)[:, None], axis.units)
         owners = torch.empty(features.numel(), dtype=torch.long)
         owners[features] = torch.arange(axis.units)[:, None].expand_as(features)
@@ -151,7 +151,7 @@ class Shearing(Student):
             norm.register_forward_hook(self._behind_norm)
         if embedding_scale(self._decoder, axis.units, row.keep) != 1:
             model.get_input_embeddings().register_forward_hook(
-                lambda _, __, output: output * self._there.float().mean().sqrt().to(output.dtype)
+                lambda _, __, output: output * self._share.sqrt().to(output.dtype)
             )
 
     # Norms over those features that are there
@@ -159,7 +159,7 @@ class Shearing(Student):
     def _in_front_of_norm(self, rms: bool, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Any, ...]:
         """Hidden states whose mean square over all features is that over those that are there, and whose mean too."""
         hidden, there = args[0], self._there
-        more = there.float().mean().rsqrt().to(hidden.dtype)
+        more = self._share.rsqrt().to(hidden.dtype)
         if rms:
             return (hidden * more, *args[1:])
         mean = (hidden * there).sum(-1, keepdim=True) / there.sum()
@@ -167,7 +167,7 @@ class Shearing(Student):
 
     def _behind_norm(self, norm: Any, _: tuple[Any, ...], output: Tensor) -> Tensor:
         there, bias = self._there, getattr(norm, "bias", None)
-        less = there.float().mean().sqrt().to(output.dtype)
+        less = self._share.sqrt().to(output.dtype)
         if bias is None:
             return output * (there * less)
         shifted: Tensor = ((output - bias) * less + bias) * there
@@ -183,6 +183,7 @@ class Shearing(Student):
             if self._features is not None:
                 drawn = values[self._features.key][0].detach() != 0
                 self._there = drawn if self.model.training else self.gates.open(self._features)[0]
+                self._share = self._there.float().mean()
             for gated in self._gated.values():
                 value = gated.value(values)
                 for module, name in gated.places:
