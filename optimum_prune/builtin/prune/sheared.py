@@ -56,8 +56,6 @@ if TYPE_CHECKING:
 BLOCKS = {"heads": ATTENTION, "width": FEED_FORWARD}
 """Options, and the blocks whose units they count."""
 SIZES = ("layers", *BLOCKS, "hidden_size")
-CHOSEN = "chosen."
-"""What stands in front of the key of a row, beside names of weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,14 +152,12 @@ class Sheared(TrainingPass, PrunePass):
             lesson = lesson.with_references(decoder.model)
         rows = self._rows(decoder)
         scores = calibration.once("start", partial(self._scores, decoder, calibration, rows))
-        refitted: dict[str, Tensor] = {}
+        weights: Mapping[str, Tensor] = {}
         if self.start == "refitted":
-            refitted = calibration.once("refitted", partial(self._refitted, decoder, calibration, rows, scores))
-            scores |= {
-                name.removeprefix(CHOSEN): refitted.pop(name) for name in [*refitted] if name.startswith(CHOSEN)
-            }
-        gates = Gates(rows, scores, 0.0 if refitted else self.ramp)
-        student = self._student(decoder, calibration, lesson, gates, refitted)
+            cut = calibration.once("refitted", partial(self._refitted, decoder, calibration, rows, scores))
+            weights, scores = cut["weights"], {**scores, **cut["scores"]}
+        gates = Gates(rows, scores, 0.0 if weights else self.ramp)
+        student = self._student(decoder, calibration, lesson, gates, weights)
         found = dict(train(student, lesson, Likelihood(), self.scheduled(decoder, lesson)))
         off = max(float((student.gates.expected(row) / row.keep - 1).abs().max()) for row in rows)
         evidence = {NOTE: found.pop(NOTE), "off_target": off, "undecided": student.gates.undecided(), "trained": found}
@@ -208,22 +204,22 @@ class Sheared(TrainingPass, PrunePass):
 
     def _refitted(
         self, decoder: Decoder, calibration: Calibration, rows: Sequence[Row], scores: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """Weights of the model cut at once; and as `CHOSEN` and its key, of each row, scores by which what that keeps comes first."""
+    ) -> dict[str, Mapping[str, Tensor]]:
+        """Weights of the model cut at once, and of each row that is cut in it, scores by which what it keeps comes first."""
         layers = next(
             (scores[row.key][0].topk(row.keep).indices.tolist() for row in rows if not row.axis), range(len(decoder))
         )
         inner = {(row.layer, row.axis): row for row in rows if row.layer is not None}
         sizes = {(index, name): row.keep for (index, name), row in inner.items()}
         cut = first_cut(decoder, calibration, layers, sizes)
-        found = dict(cut.weights)
+        chosen_first: dict[str, Tensor] = {}
         for place, kept in cut.units.items():
             row = inner[place]
             chosen = torch.zeros(row.groups, row.units, dtype=torch.bool)
             for group, units in enumerate(kept if row.groups > 1 else [kept]):
                 chosen[group, list(units)] = True  # type: ignore[arg-type]  # of one group
-            found[f"{CHOSEN}{row.key}"] = ranks(scores[row.key]) + row.units * chosen
-        return found
+            chosen_first[row.key] = ranks(scores[row.key]) + row.units * chosen
+        return {"weights": cut.weights, "scores": chosen_first}
 
     def _student(
         self,

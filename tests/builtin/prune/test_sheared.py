@@ -11,7 +11,7 @@ import pytest
 import tiny
 import torch
 from torch.testing import assert_close
-from trained import digests, dying, recipe_on, trained
+from trained import digests, dying, trained
 
 from optimum_prune import Osscar, compress, load_model
 from optimum_prune.anatomy.decoder import Decoder
@@ -35,14 +35,6 @@ from optimum_prune.training.sheared import Shearing
 from optimum_prune.training.watch import Watch
 
 SHORT = {"steps": 12, "batch": 256, "learning_rate": 1e-3, "patience": 100}
-
-
-@pytest.fixture
-def recipe(checkpoints, text_file, other_text_file):
-    def made(*passes, name="llama", **more):
-        return recipe_on(checkpoints(name), text_file, other_text_file, *passes, **more)
-
-    return made
 
 
 # Gates

@@ -14,7 +14,7 @@ import tiny
 import torch
 import yaml
 from folder_passes import Archive
-from trained import digests, dying, recipe_on, trained
+from trained import digests, dying, trained
 
 from optimum_prune import Depth, Osscar, Pruner, Recipe, Settings, Text, compress, load_model
 from optimum_prune.anatomy.decoder import Decoder
@@ -33,16 +33,6 @@ from optimum_prune.training.watch import Watch
 
 DEPTH = Depth(drop=(2, 3))
 SHORT = {"steps": 12, "batch": 256, "learning_rate": 1e-3, "patience": 100}
-
-
-@pytest.fixture
-def recipe(checkpoints, text_file, other_text_file):
-    """A recipe on a tiny model."""
-
-    def made(*passes, name="llama", **more):
-        return recipe_on(checkpoints(name), text_file, other_text_file, *passes, **more)
-
-    return made
 
 
 @pytest.mark.parametrize(
