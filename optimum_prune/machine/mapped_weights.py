@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import mmap
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -157,24 +157,28 @@ class MappedWeights:
         """Whether a tensor lies in the host's memory, and in none of the files."""
         return tensor.device.type == "cpu" and not self._holds(tensor)
 
-    def write_changes(self, model: nn.Module) -> None:
-        """Writes the weights of a model that lie in memory to a file and maps them from there; their values stay."""
+    def write_changes(self, model: nn.Module, written: Callable[[Tensor], None] | None = None) -> None:
+        """Writes the weights of a model that lie in memory to a file and maps them from there; their values stay.
+
+        Args:
+            written: called with each when it is on disk.
+        """
         fresh = {id(each): each for each in model.parameters() if self.lies_in_memory(each)}
         if fresh:
-            self.move(list(fresh.values()))
+            self.move(list(fresh.values()), written)
             give_back()
 
-    def move(self, parameters: Sequence[nn.Parameter]) -> None:
+    def move(self, parameters: Sequence[nn.Parameter], written: Callable[[Tensor], None] | None = None) -> None:
         """Writes parameters to a file and maps them from there; gives back the memory of all files, as of what they were made from."""
-        for parameter, kept in zip(parameters, self.keep(parameters), strict=True):
+        for parameter, kept in zip(parameters, self.keep(parameters, written), strict=True):
             parameter.data = kept
         for file in self._files:
             advise(file.content, mmap.MADV_DONTNEED)
 
-    def keep(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def keep(self, tensors: Sequence[Tensor], written: Callable[[Tensor], None] | None = None) -> list[Tensor]:
         """Tensors with the values of these, written to a file and mapped from there."""
         self._folder.mkdir(exist_ok=True)
         file = self._folder / f"{next(self._numbers)}.safetensors"
-        write({str(number): tensor.detach() for number, tensor in enumerate(tensors)}, file)
+        write({str(number): tensor.detach() for number, tensor in enumerate(tensors)}, file, written=written)
         mapped = self.map(file)
         return [mapped[str(number)] for number in range(len(tensors))]

@@ -110,13 +110,24 @@ class Journal:
         key = f"{self._pass}: {what} ({self._asked[what]})"
         return self._once(key, compute)
 
-    def _once(self, key: str, compute: Callable[[], T], *, alike: bool = False) -> T:
+    def _once(
+        self,
+        key: str,
+        compute: Callable[[], T],
+        *,
+        alike: bool = False,
+        written: Callable[[Tensor], None] | None = None,
+    ) -> T:
         """See `once`.
 
         Args:
             alike: whether all processes compute the same, as they do whenever they decide.
+            written: called with each tensor when it is kept.
         """
-        value = self._read(self._pieces[key]) if key in self._pieces else self._keep(key, compute(), alike=alike)
+        if key in self._pieces:
+            value = self._read(self._pieces[key])
+        else:
+            value = self._keep(key, compute(), alike=alike, written=written)
         self._latest = value, key
         return value
 
@@ -145,15 +156,16 @@ class Journal:
         self._keep(done, keys)
         self._at_work = False
 
-    def result(self, name: str, carry_out: Callable[[], T]) -> T:
+    def result(self, name: str, carry_out: Callable[[], T], written: Callable[[Tensor], None] | None = None) -> T:
         """What the next pass comes to, kept when it is done; of a pass that was done, without carrying it out again.
 
         Args:
             name: of the pass.
             carry_out: returns what `once` can keep.
+            written: called with each tensor of it when it is kept.
         """
         self._begin(name)
-        done = self._once(f"{self._pass}: {DONE}", carry_out, alike=True)
+        done = self._once(f"{self._pass}: {DONE}", carry_out, alike=True, written=written)
         self._at_work = False
         return done
 
@@ -167,19 +179,25 @@ class Journal:
         """A piece as it was kept."""
         return _read(self._first / name if (name := _metadata(file).get(ELSEWHERE)) else file)
 
-    def _keep(self, key: str, value: T, *, alike: bool = False) -> T:
+    def _keep(self, key: str, value: T, *, alike: bool = False, written: Callable[[Tensor], None] | None = None) -> T:
         """Keeps a piece; what all processes have alike, the first keeps for all."""
         if processes.size() == 1 or not (alike or isinstance(value, Decision)):
-            self._write(key, value)
+            self._write(key, value, written=written)
             return value
         if processes.first():
-            self._write(key, value)
+            self._write(key, value, written=written)
         name = processes.broadcast_from_first(lambda: self._files[-1].name)
         if not processes.first():
             self._write(key, None, {ELSEWHERE: name})
         return value
 
-    def _write(self, key: str, value: object, more: Mapping[str, str] | None = None) -> None:
+    def _write(
+        self,
+        key: str,
+        value: object,
+        more: Mapping[str, str] | None = None,
+        written: Callable[[Tensor], None] | None = None,
+    ) -> None:
         tensors: dict[str, Tensor] = {}
         try:
             text = json.dumps(value, default=partial(_plain, tensors))
@@ -188,7 +206,7 @@ class Journal:
                 f"What '{key}' came to cannot be kept: {reason(error)} Mend the pass: it may keep plain data, tensors and decisions."
             ) from error
         partial_file = self._folder / "partial"
-        tensor_files.write(tensors, partial_file, {"what": key, "value": text, **(more or {})})
+        tensor_files.write(tensors, partial_file, {"what": key, "value": text, **(more or {})}, written=written)
         with partial_file.open("rb+") as opened:
             os.fsync(opened.fileno())
         place = self._folder / f"{len(self._files):06}-{_digest(partial_file)}.safetensors"

@@ -45,6 +45,7 @@ class Models:
         self.weights = MappedWeights(folder / "changed") if source.offloads else None
         """Where the model's weights are, if on disk."""
         self._written = MappedActivations(folder / "written", budget=0)
+        self._writable: Mapping[_Place, Tensor] = {}  # what it wrote: it knows what is held here
         self.layers: tuple[int, ...] = ()
         """Of each layer of the model, the layer of the dense model that it was."""
 
@@ -107,9 +108,20 @@ class Models:
 
     def release(self, module: nn.Module) -> None:
         """Gives back the memory of those weights of a module of the model that lie on disk; they are read again when they are used again."""
+        for value in module.parameters():
+            self.let_go(value.data)
+
+    def let_go(self, tensor: Tensor) -> None:
+        """Gives back the memory of a weight, if it lies on disk."""
         if self.weights is not None:
-            self.weights.release(module)
-            self._written.release(*(value.data for value in module.parameters()))
+            self.weights.let_go(tensor)
+            self._written.release(tensor)
+
+    def write_changes(self, model: nn.Module) -> None:
+        """Lets weights that a pass changed lie where the model's do."""
+        if self.weights is not None:
+            self.weights.write_changes(model, self.let_go)
+            self._writable = {}
 
     @contextmanager
     def writable(self, decoder: Decoder) -> Iterator[dict[str, Tensor]]:
@@ -134,8 +146,8 @@ class Models:
 
     @contextmanager
     def _in_files(self, decoder: Decoder, named: Mapping[str, nn.Parameter]) -> Iterator[None]:
-        """Moves all weights to files that can be written; after the `with` they lie there still."""
-        written: dict[_Place, Tensor] = {}  # the store knows what is held here
+        """Moves all weights to files that can be written; after the `with` they lie there still, until changes are written."""
+        self._writable = written = dict[_Place, Tensor]()
         for module in decoder.model.modules():
             for value in module.parameters(recurse=False):
                 if _place(value) not in written:

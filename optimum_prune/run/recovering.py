@@ -57,7 +57,7 @@ def recover(
         _recovered, step, decoder, models, partial(_recovery, step, decoder, calibration, models, lesson)
     )
     with Meter() as meter:
-        found = carry_out() if journal is None else journal.result(step.name, carry_out)
+        found = carry_out() if journal is None else journal.result(step.name, carry_out, models.let_go)
         _put_in(decoder.model, found["weights"], models)
         let_go(lesson)
     outcome = Outcome(
@@ -153,5 +153,4 @@ def _put_in(model: PreTrainedModel, weights: Mapping[str, Tensor], models: Model
         parameter = model.get_parameter(name)
         if parameter.data_ptr() != value.data_ptr():  # they come from the journal, and are mapped from its files
             parameter.data = value.to(parameter.device, copy=not on_disk)
-    if models.weights is not None:
-        models.weights.write_changes(model)
+    models.write_changes(model)
