@@ -15,8 +15,8 @@ from optimum_prune.errors import NumericalError
 from optimum_prune.evaluation.losses import perplexity_of
 from optimum_prune.refit.healing import last_refitted, through
 from optimum_prune.refit.reconstruction import refitted, refitting_cost
-from optimum_prune.selection.divergence import split
-from optimum_prune.selection.search import Variant, check_finite, measure, searching_cost
+from optimum_prune.selection.divergence import split, trial_workloads
+from optimum_prune.selection.search import Losses, Variant, check_finite, measure, searching_cost
 from optimum_prune.surgery.cuts import Decision
 from optimum_prune.surgery.operation import changed_layer
 
@@ -29,9 +29,42 @@ if TYPE_CHECKING:
     from optimum_prune.calibration.visit import LayerVisit
 
 
+FINALISTS = 4
+"""Windows of layers that are healed and measured again, to choose among them."""
+
+
 def hand_on(_: Batch, hidden: Tensor) -> Tensor:
     """What is left out hands on what it is given."""
     return hidden
+
+
+def measured_without(
+    decoder: Decoder,
+    calibration: Calibration,
+    starts: Sequence[int],
+    span: int,
+    description: str,
+    *,
+    race: bool = True,
+) -> Losses:
+    """What the model loses without each window of `span` layers, by their starts.
+
+    Raises:
+        NumericalError: none of the losses is finite.
+    """
+    variants = [Variant(start, start + span, hand_on) for start in starts]
+    return check_finite(measure(decoder, calibration, variants, description, race=race), "window of layers")
+
+
+def best_window(decoder: Decoder, calibration: Calibration, span: int, damping: float) -> range:
+    """The `span` consecutive layers that go best: of those windows that cost least, the one that is best healed."""
+    starts = range(len(decoder) - span + 1)
+    losses = measured_without(decoder, calibration, starts, span, f"Searching windows of {span} layers")
+    finalists = losses.ranked[:FINALISTS]
+    start, _ = calibration.once(
+        "best healed window", partial(best_healed, decoder, calibration, finalists, span, damping)
+    )
+    return range(start, start + span)
 
 
 def best_healed(
@@ -57,6 +90,14 @@ def best_healed(
     losses = measure(decoder, held_out, [variants[start] for start in order], "Measuring the healed windows")
     check_finite(losses, "window of layers")
     return order[losses.ranked[0]], dict(zip(order, map(perplexity_of, losses.means), strict=True))
+
+
+def best_window_cost(work: Workload, shape: Shape, span: int) -> Cost:
+    """What `best_window` takes."""
+    windows = len(shape.layers) - span + 1
+    spans = [(start, start + span, 0.0) for start in range(windows)]
+    healed = finalists_cost(work, trial_workloads(work)[1], shape, span, min(FINALISTS, windows))
+    return searching_cost(work, shape, spans, race=True).followed_by(healed)
 
 
 def bridged(decoder: Decoder, visit: LayerVisit, gap: range, damping: float) -> dict[str, Tensor]:

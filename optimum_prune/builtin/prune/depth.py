@@ -25,11 +25,11 @@ from optimum_prune.hooks.marker import hookimpl
 from optimum_prune.options import option
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
-from optimum_prune.refit.bridging import best_healed, finalists_cost, hand_on
+from optimum_prune.refit.bridging import FINALISTS, best_healed, finalists_cost, hand_on, measured_without
 from optimum_prune.refit.healing import heal, healing_cost
 from optimum_prune.selection import importance
 from optimum_prune.selection.divergence import split, trial_workloads
-from optimum_prune.selection.search import Losses, Variant, check_finite, measure, perplexities, searching_cost
+from optimum_prune.selection.search import Variant, check_finite, measure, perplexities, searching_cost
 from optimum_prune.surgery.cuts import Cuts, Decision
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from optimum_prune.calibration.calibration import Calibration
     from optimum_prune.calibration.stream import Batch
 
-FINALISTS = 4
-"""Windows of layers that are healed and measured again, to choose among them."""
 PROTECTED = {"taylor": (4, 2), "magnitude": (4, 2)}
 """Layers at the beginning and at the end that Shortened LLaMA never removes by these criteria; its "+"."""
 
@@ -228,18 +226,12 @@ class Depth(PrunePass):
     ) -> tuple[list[int], dict[str, Any]]:
         """The starts of the windows of `span` layers, those first that matter least, and why."""
         if self.criterion == "perplexity":
-            losses = self._measured(decoder, calibration, starts, span)
+            what = f"Searching windows of {span} layers" if self._pattern == "window" else "Searching layers"
+            losses = measured_without(decoder, calibration, starts, span, what, race=self._races)
             return [starts[index] for index in losses.ranked], perplexities(losses, "window_from", starts)
         scores = calibration.once("scores", lambda: self._scores(decoder, calibration, span))
         ranked = sorted(starts, key=lambda start: scores[start])
         return ranked, {f"{self.criterion}_from": {start: scores[start] for start in starts}}
-
-    def _measured(self, decoder: Decoder, calibration: Calibration, starts: Sequence[int], span: int) -> Losses:
-        """What the model loses without each window of `span` layers."""
-        variants = [Variant(start, start + span, hand_on) for start in starts]
-        what = f"Searching windows of {span} layers" if self._pattern == "window" else "Searching layers"
-        losses = measure(decoder, calibration, variants, what, race=self._races)
-        return check_finite(losses, "window of layers")
 
     def _greedy(
         self, decoder: Decoder, calibration: Calibration, count: int, eligible: Sequence[int]

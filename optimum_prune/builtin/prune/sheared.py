@@ -33,7 +33,8 @@ from optimum_prune.options import option
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
 from optimum_prune.passes.training import TrainingPass
-from optimum_prune.refit.first_cut import first_cut
+from optimum_prune.refit.bridging import best_window, best_window_cost
+from optimum_prune.refit.first_cut import HEALING, first_cut
 from optimum_prune.refit.principal import energies
 from optimum_prune.refit.projecting import norms_behind
 from optimum_prune.selection.bernoulli import Kind
@@ -138,6 +139,9 @@ class Sheared(TrainingPass, PrunePass):
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         walks = walk_cost(work, shape, streams=3)
+        span = len(shape.layers) - len(self.foresee(shape).layers)
+        if span and self.start == "refitted":
+            walks = walks.followed_by(best_window_cost(work, shape, span))
         new = self.foresee(shape).parameters * work.itemsize
         return walks.followed_by(super().estimate(shape, work)).with_memory(new).followed_by(Cost(left=new))
 
@@ -206,15 +210,15 @@ class Sheared(TrainingPass, PrunePass):
         self, decoder: Decoder, calibration: Calibration, rows: Sequence[Row], scores: Mapping[str, Tensor]
     ) -> dict[str, Mapping[str, Tensor]]:
         """Weights of the model cut at once, and of each row that is cut in it, scores by which what it keeps comes first."""
-        layers = next(
-            (scores[row.key][0].topk(row.keep).indices.tolist() for row in rows if not row.axis), range(len(decoder))
-        )
-        inner = {(row.layer, row.axis): row for row in rows if row.layer is not None}
-        sizes = {(index, name): row.keep for (index, name), row in inner.items()}
-        cut = first_cut(decoder, calibration, layers, sizes)
+        places = {(row.layer, row.axis): row for row in rows}
+        sizes = {(row.layer, row.axis): row.keep for row in rows if row.layer is not None}
+        layers = places.get((None, ""))
+        window = range(0) if layers is None else best_window(decoder, calibration, layers.units - layers.keep, HEALING)
+        left = tuple(index for index in range(len(decoder)) if index not in window)
+        cut = first_cut(decoder, calibration, left, sizes)
         chosen_first: dict[str, Tensor] = {}
-        for place, kept in cut.units.items():
-            row = inner[place]
+        for place, kept in {**cut.units, **({} if layers is None else {(None, ""): left})}.items():
+            row = places[place]
             chosen = torch.zeros(row.groups, row.units, dtype=torch.bool)
             for group, units in enumerate(kept if row.groups > 1 else [kept]):
                 chosen[group, list(units)] = True  # type: ignore[arg-type]  # of one group
