@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -36,11 +37,13 @@ if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder, DecoderLayer
     from optimum_prune.anatomy.shape import Shape
     from optimum_prune.calibration.calibration import Calibration
+    from optimum_prune.calibration.statistics import Gram
     from optimum_prune.text.windows import Windows
 
 FITTED = 4
 """Windows that is refitted on, at most."""
 DAMPING = 0.01
+"""At least. A refit on few tokens fits these and nothing else, so damping is no less than features there are for each token."""
 OTHERS = ("random", "magnitude")
 ALIKE = 0.9
 """The cosine of features that were trained and those that they were; of directions and features, it is small."""
@@ -159,11 +162,17 @@ class Comparison:
             projection, kept = layer.projection(axis.output), cuts.kept(layer.index, axis.name)
             maps = []
             for weight, gram, units in zip(projection.maps, grams, kept if axis.groups else [kept], strict=True):
-                solved, _ = refit_cheaply(lambda gram=gram: damp(gram.exact, DAMPING), weight, axis.inputs(units))  # type: ignore[misc, arg-type]
+                damping = max(DAMPING, gram.features / max(gram.tokens, 1))
+                damped = partial(_damped, gram, damping)
+                solved, _ = refit_cheaply(damped, weight, axis.inputs(units))  # type: ignore[arg-type]
                 maps.append(solved.T.to(weight.device, weight.dtype))
             stored = projection.stored(maps, None)
             weights |= layer.named(stored)
         return weights
+
+
+def _damped(gram: Gram, damping: float) -> Tensor:
+    return damp(gram.exact, damping)
 
 
 def _few(windows: Windows) -> tuple[Windows, Windows]:
