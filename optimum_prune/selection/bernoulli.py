@@ -4,6 +4,9 @@ Optimization-based structural pruning (Gao et al., arXiv 2406.10576): keep-proba
 model, and policy gradients `(L - d) (m - s) / sqrt(s (1 - s))` with a baseline d; the square root preconditions. The paper's baseline is a
 moving average of losses. Here it is the mean over the masks of the same step: they have their text in common, whose difficulty moves a
 loss ten times as much as masks do. And advantages are divided by their moving deviation, so that a learning rate depends on no model.
+
+A few hundred losses tell how much each of thirty layers can lose, but not which of their hundreds of units it should be, of which a metric
+knows more. So each unit moves with all others of its layer besides.
 """
 
 from __future__ import annotations
@@ -24,6 +27,8 @@ MEMORY = 5
 SMALL = 1e-7
 EDGE = 0.02
 """How far from 0 and 1 units are still drawn: else one that got there would never be tried again."""
+SHARED = 0.2
+"""The part of the gradients of all units of a place that moves each of them; of very many, the one over their root."""
 WHOLE = "layers"
 """The kind of unit that a layer is."""
 
@@ -117,6 +122,18 @@ def gradient(
     for mask, advantage in zip(masks, advantages, strict=True):
         total += advantage * (mask.to(probabilities) - probabilities) / spread
     return total / max(len(masks) - 1, 1)
+
+
+def shared(kind: Kind, gradient: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
+    """The gradient of each unit, and with it a part of those of all units of its place."""
+    parts = kind.split(gradient)
+    return torch.cat([part + min(SHARED, len(part) ** -0.5) * part.sum() for part in parts])
+
+
+def standardized(kind: Kind, scores: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
+    """Scores in deviations from the mean of their place: those of one layer are larger than those of another for many reasons."""
+    parts = kind.split(scores)
+    return torch.cat([(part - part.mean()) / part.std(unbiased=False).clamp(min=1e-12) for part in parts])
 
 
 def drawn(

@@ -31,7 +31,7 @@ from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
 from optimum_prune.refit.controls import Comparison, controls_cost
 from optimum_prune.refit.narrowing import Narrowing
-from optimum_prune.selection.bernoulli import WHOLE, Baseline, Kind, drawn, gradient, projected, told
+from optimum_prune.selection.bernoulli import WHOLE, Baseline, Kind, drawn, gradient, projected, shared, standardized, told
 from optimum_prune.selection.masked import Masked, some_windows, structured_metric
 from optimum_prune.selection.targets import Target, check_named_once, check_protected
 from optimum_prune.surgery.cuts import NOTE, Cuts, Decision
@@ -68,8 +68,8 @@ class Bernoulli(PrunePass):
     tokens: int | None = option("The same, as tokens that run through the model.", None, at_least=1)
     minutes: float | None = option("The same, as a time.", None, above=0, below=math.inf)
     masks: int = option("Masks of a step.", 2, at_least=2)
-    batch: int = option("Tokens of a step, for each mask; at least one window is taken.", 512, at_least=1)
-    learning_rate: float = option("How far probabilities move in a step, at first.", 0.005, above=0, below=1)
+    batch: int = option("Tokens of a step, for each mask; at least one window is taken.", 256, at_least=1)
+    learning_rate: float = option("How far probabilities move in a step, at first.", 0.003, above=0, below=1)
     damping: float = option(
         "For refitting: added to the gram's diagonal, relative to its mean.", 0.01, above=0, below=math.inf
     )
@@ -237,8 +237,7 @@ class Bernoulli(PrunePass):
             return flat
         scores = structured_metric(decoder, calibration, {name: kind for name, kind in kinds.items() if name != WHOLE})
         for name, score in scores.items():
-            spread = score.std(unbiased=False).clamp(min=1e-12)
-            likely = ((score - score.mean()) / spread).sigmoid()
+            likely = standardized(kinds[name], score).sigmoid()
             flat[name] = projected(likely + share[name] - likely.mean(), kinds[name].keep)
         return flat
 
@@ -286,8 +285,9 @@ class Bernoulli(PrunePass):
             advantages = after.advantages([losses[k] for k in sound])
             rate = self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
             for name, values in state.items():
-                towards = gradient(values, [masks[name][k] for k in sound], advantages)
-                new[name] = projected(values - rate * towards, masked.kinds[name].keep)
+                kind = masked.kinds[name]
+                towards = shared(kind, gradient(values, [masks[name][k] for k in sound], advantages))
+                new[name] = projected(values - rate * towards, kind.keep)
         seconds = processes.broadcast_from_first(lambda: time.perf_counter() - started)
         mean = sum(losses) / len(losses)
         return {"state": new, "baseline": [after.square], "loss": mean, "seconds": seconds}
