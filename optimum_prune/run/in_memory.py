@@ -29,6 +29,7 @@ from optimum_prune.run.models import Models
 from optimum_prune.run.pruning import prune
 from optimum_prune.run.recovering import recover
 from optimum_prune.run.run import Run
+from optimum_prune.run.zeros import Zeros
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -89,7 +90,10 @@ def _changed_and_saved(run: Run, models: Models) -> _Saved:
     calibration = run.calibration()
     measured = calibration.once("perplexity", lambda: _plain(_perplexity(run, model)))
     give_back()
-    outcomes = tuple(_carried_out(step, decoder, calibration, run, models) for step in run.recipe.in_memory)
+    zeros, outcomes = Zeros(decoder, models), list[Outcome]()
+    for step in run.recipe.in_memory:
+        outcome = _carried_out(step, decoder, calibration, run, models)
+        outcomes.append(zeros.seen(outcome, makes=isinstance(step, PrunePass) and step.sparsifies))
     models.let_teacher_go()
     models.check()
     check_unchanged(run.plan.source.name, run.model_fingerprint)
@@ -102,7 +106,7 @@ def _changed_and_saved(run: Run, models: Models) -> _Saved:
         counts,
         size,
         None if measured is None else Perplexity.from_plain(measured),
-        outcomes,
+        tuple(outcomes),
         verification.probe(model, run.texts.calibration.tokens),
         model.dtype,
         "auto" if _is_spread(model) else run.plan.device,

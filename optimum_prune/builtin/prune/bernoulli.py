@@ -31,7 +31,17 @@ from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
 from optimum_prune.refit.controls import Comparison, controls_cost
 from optimum_prune.refit.narrowing import Narrowing
-from optimum_prune.selection.bernoulli import WHOLE, Baseline, Kind, drawn, gradient, projected, shared, standardized, told
+from optimum_prune.selection.bernoulli import (
+    WHOLE,
+    Baseline,
+    Kind,
+    drawn,
+    gradient,
+    projected,
+    shared,
+    standardized,
+    told,
+)
 from optimum_prune.selection.masked import Masked, some_windows, structured_metric
 from optimum_prune.selection.targets import Target, check_named_once, check_protected
 from optimum_prune.surgery.cuts import NOTE, Cuts, Decision

@@ -42,6 +42,7 @@ class SparseGPT(PrunePass):
     """Sets weights to zero and lets those that are left in a row make up for them; no shape changes."""
 
     name: ClassVar[str] = "sparsegpt"
+    sparsifies: ClassVar[bool] = True
     ratio: float | None = option("Fraction of the weights that become zero, between 0 and 1.", None, above=0, below=1)
     pattern: str | None = option(
         "Of how many consecutive inputs of a row how many weights stay, instead of 'ratio': 2:4 or 4:8.", None

@@ -39,6 +39,7 @@ class Wanda(PrunePass):
     """Sets the weights to zero that are the smallest next to the norms of their inputs; no shape changes."""
 
     name: ClassVar[str] = "wanda"
+    sparsifies: ClassVar[bool] = True
     ratio: float | None = option("Fraction of the weights that become zero, between 0 and 1.", None, above=0, below=1)
     pattern: str | None = option(
         "Of how many consecutive inputs of a row how many weights stay, instead of 'ratio': 2:4 or 4:8.", None

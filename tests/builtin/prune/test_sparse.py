@@ -11,8 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from optimum_prune import Calibration, Decoder
+from optimum_prune import Calibration, Decoder, compress
 from optimum_prune.anatomy.matrices import matrices
+from optimum_prune.builtin.prune.hidden import HiddenPruner
 from optimum_prune.builtin.prune.sparsegpt import SparseGPT
 from optimum_prune.builtin.prune.wanda import Wanda
 from optimum_prune.calibration.statistics import SquaredNorms
@@ -275,3 +276,10 @@ def test_a_pattern_that_does_not_go_into_a_size_is_refused_before_anything_runs(
         method(pattern="3:7").foresee(decoder.shape())
     with pytest.raises(RecipeError, match="is to protect the layer 77"):
         method(ratio=0.5, protect=(77,)).foresee(decoder.shape())
+
+
+@pytest.mark.parametrize("behind", [[HiddenPruner(size=24)], []], ids=["refitted", "alone"])
+def test_zeros_that_a_later_pass_loses_are_said_to_be_lost(behind, recipe, tmp_path):
+    report = compress(recipe(Wanda(ratio=0.5), *behind), tmp_path / "out")
+    notes = [note for outcome in report.passes for note in outcome.notes]
+    assert any("and 50% were behind wanda" in note for note in notes) == bool(behind), notes
