@@ -53,13 +53,14 @@ def measured_without(
         NumericalError: none of the losses is finite.
     """
     variants = [Variant(start, start + span, hand_on) for start in starts]
-    return check_finite(measure(decoder, calibration, variants, description, race=race), "window of layers")
+    what = f"Searching windows of {span} layers" if span > 1 else "Searching layers"
+    return check_finite(measure(decoder, calibration, variants, what, race=race), "window of layers")
 
 
 def best_window(decoder: Decoder, calibration: Calibration, span: int, damping: float) -> range:
     """The `span` consecutive layers that go best: of those windows that cost least, the one that is best healed."""
     starts = range(len(decoder) - span + 1)
-    losses = measured_without(decoder, calibration, starts, span, f"Searching windows of {span} layers")
+    losses = measured_without(decoder, calibration, starts, span)
     finalists = losses.ranked[:FINALISTS]
     start, _ = calibration.once(
         "best healed window", partial(best_healed, decoder, calibration, finalists, span, damping)

@@ -52,6 +52,15 @@ class Kind:
         """Values of all units, by place."""
         return list(torch.split(values, [count for _, _, count in self.places]))
 
+    def shared(self, gradient: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
+        """The gradient of each unit, and with it a part of those of all units of its place."""
+        return torch.cat([part + min(SHARED, len(part) ** -0.5) * part.sum() for part in self.split(gradient)])
+
+    def standardized(self, scores: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
+        """Scores in deviations from the mean of their place: those of one layer are larger than those of another for many reasons."""
+        parts = self.split(scores)
+        return torch.cat([(part - part.mean()) / part.std(unbiased=False).clamp(min=1e-12) for part in parts])
+
     def best(self, probabilities: Float[Tensor, " units"]) -> list[Bool[Tensor, " units"]]:
         """By place, the units that stay: the most probable, at least one of each place but of layers."""
         whole = [not axis for _, axis, _ in self.places]
@@ -122,18 +131,6 @@ def gradient(
     for mask, advantage in zip(masks, advantages, strict=True):
         total += advantage * (mask.to(probabilities) - probabilities) / spread
     return total / max(len(masks) - 1, 1)
-
-
-def shared(kind: Kind, gradient: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
-    """The gradient of each unit, and with it a part of those of all units of its place."""
-    parts = kind.split(gradient)
-    return torch.cat([part + min(SHARED, len(part) ** -0.5) * part.sum() for part in parts])
-
-
-def standardized(kind: Kind, scores: Float[Tensor, " units"]) -> Float[Tensor, " units"]:
-    """Scores in deviations from the mean of their place: those of one layer are larger than those of another for many reasons."""
-    parts = kind.split(scores)
-    return torch.cat([(part - part.mean()) / part.std(unbiased=False).clamp(min=1e-12) for part in parts])
 
 
 def drawn(

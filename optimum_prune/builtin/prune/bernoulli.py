@@ -31,17 +31,7 @@ from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
 from optimum_prune.refit.controls import Comparison, controls_cost
 from optimum_prune.refit.narrowing import Narrowing
-from optimum_prune.selection.bernoulli import (
-    WHOLE,
-    Baseline,
-    Kind,
-    drawn,
-    gradient,
-    projected,
-    shared,
-    standardized,
-    told,
-)
+from optimum_prune.selection.bernoulli import WHOLE, Baseline, Kind, drawn, gradient, projected, told
 from optimum_prune.selection.masked import Masked, some_windows, structured_metric
 from optimum_prune.selection.targets import Target, check_named_once, check_protected
 from optimum_prune.surgery.cuts import NOTE, Cuts, Decision
@@ -247,7 +237,7 @@ class Bernoulli(PrunePass):
             return flat
         scores = structured_metric(decoder, calibration, {name: kind for name, kind in kinds.items() if name != WHOLE})
         for name, score in scores.items():
-            likely = standardized(kinds[name], score).sigmoid()
+            likely = kinds[name].standardized(score).sigmoid()
             flat[name] = projected(likely + share[name] - likely.mean(), kinds[name].keep)
         return flat
 
@@ -296,7 +286,7 @@ class Bernoulli(PrunePass):
             rate = self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
             for name, values in state.items():
                 kind = masked.kinds[name]
-                towards = shared(kind, gradient(values, [masks[name][k] for k in sound], advantages))
+                towards = kind.shared(gradient(values, [masks[name][k] for k in sound], advantages))
                 new[name] = projected(values - rate * towards, kind.keep)
         seconds = processes.broadcast_from_first(lambda: time.perf_counter() - started)
         mean = sum(losses) / len(losses)

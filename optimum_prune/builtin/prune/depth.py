@@ -226,8 +226,7 @@ class Depth(PrunePass):
     ) -> tuple[list[int], dict[str, Any]]:
         """The starts of the windows of `span` layers, those first that matter least, and why."""
         if self.criterion == "perplexity":
-            what = f"Searching windows of {span} layers" if self._pattern == "window" else "Searching layers"
-            losses = measured_without(decoder, calibration, starts, span, what, race=self._races)
+            losses = measured_without(decoder, calibration, starts, span, race=self._races)
             return [starts[index] for index in losses.ranked], perplexities(losses, "window_from", starts)
         scores = calibration.once("scores", lambda: self._scores(decoder, calibration, span))
         ranked = sorted(starts, key=lambda start: scores[start])
