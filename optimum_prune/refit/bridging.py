@@ -39,13 +39,7 @@ def hand_on(_: Batch, hidden: Tensor) -> Tensor:
 
 
 def measured_without(
-    decoder: Decoder,
-    calibration: Calibration,
-    starts: Sequence[int],
-    span: int,
-    description: str,
-    *,
-    race: bool = True,
+    decoder: Decoder, calibration: Calibration, starts: Sequence[int], span: int, *, race: bool = True
 ) -> Losses:
     """What the model loses without each window of `span` layers, by their starts.
 
