@@ -24,9 +24,6 @@ class PrunePass(Pass):
     foresees_layers: ClassVar[bool] = True
     """Whether `foresee` knows how many layers will be left, or only about how large the model will be."""
 
-    sparsifies: ClassVar[bool] = False
-    """Whether it leaves zeros in the weights, and every shape as it is."""
-
     @abstractmethod
     def foresee(self, shape: Shape) -> Shape:
         """The shape that the model will have afterwards, from the shape before; reads no weight.

@@ -93,7 +93,7 @@ def _changed_and_saved(run: Run, models: Models) -> _Saved:
     zeros, outcomes = Zeros(decoder, models), list[Outcome]()
     for step in run.recipe.in_memory:
         outcome = _carried_out(step, decoder, calibration, run, models)
-        outcomes.append(zeros.seen(outcome, makes=isinstance(step, PrunePass) and step.sparsifies))
+        outcomes.append(zeros.seen(outcome, makes=step.sparsifies))
     models.let_teacher_go()
     models.check()
     check_unchanged(run.plan.source.name, run.model_fingerprint)
