@@ -58,15 +58,22 @@ class Control:
         after: as it is.
         cuts: of the pass.
         decided: the names of the parameters that it gave new values.
+        trained: whether it trained these, which the choices here are not.
     """
 
     before: Decoder
     after: Decoder
     cuts: Cuts
     decided: Collection[str]
+    trained: bool = False
 
     def evidence(self, calibration: Calibration, seed: int = 0) -> dict[str, Any]:
         """Perplexities of the choices, and a sentence on them; nothing where there was no choice of layers, blocks, units or zeros."""
+        found, windows = self._measured(calibration, seed), len(_few(calibration.windows)[1])
+        return found and {"windows": windows, "perplexity": found, NOTE: told(found, windows, trained=self.trained)}
+
+    def _measured(self, calibration: Calibration, seed: int) -> dict[str, float]:
+        """The perplexities of the choices."""
         if any(index is None for index, _ in self.cuts.units):
             return features_controls(self.before, self.after, self.cuts, calibration, seed)
         zeros = self._zeros()
@@ -81,9 +88,7 @@ class Control:
                 path: _others(there, scorer.of(self.before.model.get_parameter(path).detach()))
                 for path, there in zeros.items()
             }
-        found = Comparison(self.before, self.decided).perplexities(cuts, calibration, masks)
-        windows = len(_few(calibration.windows)[1])
-        return {"windows": windows, "perplexity": found, NOTE: told(found, windows)}
+        return Comparison(self.before, self.decided).perplexities(cuts, calibration, masks)
 
     def _zeros(self) -> dict[str, Tensor]:
         """Where matrices were made sparse, by their names."""
@@ -214,7 +219,7 @@ class _Streams:
 
 def features_controls(
     before: Decoder, after: Decoder, cuts: Cuts, calibration: Calibration, seed: int
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """The same for features of hidden states, where those of the model stay, and whatever else goes with them: norms are rescaled for
     each choice, and nothing is refitted.
 
@@ -239,7 +244,7 @@ def features_controls(
         others = {place: units for place, units in cut.units.items() if place[0] is not None}
         carry_out(copied, Decision(replace(cut, units=others)))
         found[choice] = perplexity(copied.model, measured, Progress()).value
-    return {"windows": len(measured), "perplexity": found, NOTE: told(found, len(measured))}
+    return found
 
 
 def _is_part(part: Tensor, table: Tensor) -> bool:
@@ -250,13 +255,14 @@ def _is_part(part: Tensor, table: Tensor) -> bool:
     return likeness.item() > ALIKE
 
 
-def told(found: Mapping[str, float], windows: int) -> str:
-    """What a person is to know of the perplexities of choices."""
+def told(found: Mapping[str, float], windows: int, *, trained: bool = False) -> str:
+    """What a person is to know of the perplexities of choices; of those of a pass that trains, that they are not trained."""
     figures = (
         f"{found['chosen']:,.2f} as chosen, {found['random']:,.2f} at random, {found['magnitude']:,.2f} by magnitude"
     )
     better = [name for name in OTHERS if not found["chosen"] < found[name]]
-    line = f"the same cut on {windows} window{'' if windows == 1 else 's'}: perplexity {figures}"
+    untrained = ", without any training," if trained else ""
+    line = f"the same cut{untrained} on {windows} window{'' if windows == 1 else 's'}: perplexity {figures}"
     if not better:
         return line
     return f"{line}; so the choice is no better than {' or '.join('chance' if name == 'random' else name for name in better)} there"

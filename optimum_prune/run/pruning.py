@@ -69,7 +69,7 @@ def prune(
         untouched.check(step.name, decided)
         sync_config(decoder)
         decoder.model.eval()  # whatever the pass left it in
-        controls = {} if dense is None else _controls(Control(dense, decoder, cuts, decided), calibration)
+        controls = {} if dense is None else _controls(Control(dense, decoder, cuts, decided, step.trains), calibration)
         del dense
         let_go(lesson)
     _check_foreseen(step, before, decoder.shape())

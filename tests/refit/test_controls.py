@@ -218,3 +218,8 @@ def test_a_model_given_in_python_has_them(text_file, tmp_path):
     )
     (found,) = controls(Report.read(output))
     assert found["dense"] != found["chosen"]
+
+
+def test_choices_beside_one_that_was_trained_are_said_not_to_be():
+    found = {"chosen": 10.0, "random": 11.0, "magnitude": 12.0}
+    assert told(found, 3, trained=True).startswith("the same cut, without any training, on 3 windows: ")
