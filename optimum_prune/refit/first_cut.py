@@ -32,7 +32,7 @@ HEALING, NARROWING = 0.1, 0.01
 class FirstCut:
     """What a model is cut to at first."""
 
-    units: dict[tuple[int, str], Units] = field(default_factory=dict)
+    units: dict[tuple[int | None, str], Units] = field(default_factory=dict)
     """Layer and axis -> the kept units."""
     weights: dict[str, Tensor] = field(default_factory=dict)
     """New weights, in the shapes that they have in the model, by their names there."""

@@ -124,10 +124,8 @@ class Journal:
             alike: whether all processes compute the same, as they do whenever they decide.
             written: called with each tensor when it is kept.
         """
-        if key in self._pieces:
-            value = self._read(self._pieces[key])
-        else:
-            value = self._keep(key, compute(), alike=alike, written=written)
+        kept = self._pieces.get(key)
+        value: T = self._read(kept) if kept else self._keep(key, compute(), alike=alike, written=written)
         self._latest = value, key
         return value
 

@@ -216,8 +216,11 @@ class Sheared(TrainingPass, PrunePass):
         window = range(0) if layers is None else best_window(decoder, calibration, layers.units - layers.keep, HEALING)
         left = tuple(index for index in range(len(decoder)) if index not in window)
         cut = first_cut(decoder, calibration, left, sizes)
+        kept_of = dict(cut.units)
+        if layers is not None:
+            kept_of[None, ""] = left
         chosen_first: dict[str, Tensor] = {}
-        for place, kept in {**cut.units, **({} if layers is None else {(None, ""): left})}.items():
+        for place, kept in kept_of.items():
             row = places[place]
             chosen = torch.zeros(row.groups, row.units, dtype=torch.bool)
             for group, units in enumerate(kept if row.groups > 1 else [kept]):
