@@ -25,6 +25,9 @@ SPREAD, GAP = 12.0, 2.0
 much two that follow each other do at most, so that few units are tried too."""
 SHARPEST, DECIDED = 8.0, 0.8
 """By what logits are multiplied in the end, and in which part of what follows when the targets are reached they come to that."""
+APART = 0.7
+"""By how much further the logits of those that stay and of those that go differ at first, where a choice was made before: its units begin
+fully open, and seldom closed."""
 FARTHEST, HALVINGS = 16.0, 40
 """How far the logits of a row are shifted at most, beyond what they are, and how often what may be left of that is halved."""
 
@@ -57,13 +60,24 @@ class Gates(nn.Module):
     Args:
         scores: of each row, by its key, how much each unit seems to matter; alike where they are not given.
         ramp: the part of the training in which the targets are reached.
+        apart: by how much further the logits of those that stay at first and of the others differ.
+        sharpness: by what logits are multiplied at first.
     """
 
-    def __init__(self, rows: Sequence[Row], scores: Mapping[str, Float[Tensor, "groups units"]], ramp: float) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        scores: Mapping[str, Float[Tensor, "groups units"]],
+        ramp: float,
+        *,
+        apart: float = 0.0,
+        sharpness: float = 1.0,
+    ) -> None:
         super().__init__()
         self.rows = tuple(rows)
-        self.learned = nn.ParameterDict({row.key: nn.Parameter(_started(row, scores.get(row.key))) for row in rows})
-        self._ramp = ramp
+        started = {row.key: _started(row, scores.get(row.key), apart) for row in rows}
+        self.learned = nn.ParameterDict({key: nn.Parameter(logits) for key, logits in started.items()})
+        self._ramp, self._first = ramp, sharpness
         self._step, self._part = 0, 0.0
 
     def begin(self, step: int, part: float) -> None:
@@ -72,9 +86,9 @@ class Gates(nn.Module):
 
     @property
     def sharpness(self) -> float:
-        """By what logits are multiplied in this step: 1 until the targets are reached, and then more and more, so that gates decide."""
+        """By what logits are multiplied in this step: alike until the targets are reached, and then more and more, so that gates decide."""
         late = max(0.0, self._part - self._ramp) / max(1 - self._ramp, 1e-9)
-        return float(SHARPEST ** min(1.0, late / DECIDED))
+        return float(self._first * (SHARPEST / self._first) ** min(1.0, late / DECIDED))
 
     def values(self) -> dict[str, Float[Tensor, "groups units"]]:
         """All gates, by the keys of their rows: while the model is trained, as drawn in this step, and else as they are cut."""
@@ -139,12 +153,12 @@ def likely(learned: Tensor) -> Tensor:
     return (learned - TEMPERATURE * math.log(-LOW / HIGH)).sigmoid()
 
 
-def _started(row: Row, scores: Tensor | None) -> Tensor:
-    """What the gates of a row begin with: by the order of their scores."""
+def _started(row: Row, scores: Tensor | None, apart: float) -> Tensor:
+    """What the gates of a row begin with: by the order of their scores, those that would stay by more."""
     if scores is None:
         return torch.zeros(row.groups, row.units)
-    last = max(row.units - 1, 1)
-    return min(SPREAD, GAP * last) * (ranks(scores) / last - 0.5)
+    last, order = max(row.units - 1, 1), ranks(scores)
+    return min(SPREAD, GAP * last) * (order / last - 0.5) + apart * ((order >= row.units - row.keep).float() - 0.5)
 
 
 def ranks(scores: Float[Tensor, "groups units"]) -> Int[Tensor, "groups units"]:

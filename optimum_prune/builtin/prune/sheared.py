@@ -7,7 +7,8 @@ cut then: the likeliest gates stay, exactly as many as the shape has. At the end
 checkpoint of the target shape comes out.
 
 Ours differs in where it begins: with the model cut at once and refitted in closed form (`refit/first_cut.py`), and with gates in the order of
-how much their units seem to matter, so that a short training need not find out what is known. Hidden states are not refitted.
+how much their units seem to matter, so that a short training need not find out what is known; the shorter it is, the more seldom gates are
+drawn otherwise than they were cut. Hidden states are not refitted.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from optimum_prune.selection.otherwise import by_magnitude
 from optimum_prune.selection.targets import check_size, hidden_axis
 from optimum_prune.surgery.cuts import NOTE, Decision
 from optimum_prune.surgery.operation import assign, local_members, sharing_copy
-from optimum_prune.training.gates import Gates, Row, ranks
+from optimum_prune.training.gates import APART, SHARPEST, Gates, Row, ranks
 from optimum_prune.training.sheared import Shearing
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
 BLOCKS = {"heads": ATTENTION, "width": FEED_FORWARD}
 """Options, and the blocks whose units they count."""
 SIZES = ("layers", *BLOCKS, "hidden_size")
+LONG = 3200
+"""Steps of a training that finds out by itself which units stay, as that of the paper."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,9 +163,11 @@ class Sheared(TrainingPass, PrunePass):
         if self.start == "refitted":
             cut = calibration.once("refitted", partial(self._refitted, decoder, calibration, rows, scores))
             weights, scores = cut["weights"], {**scores, **cut["scores"]}
-        gates = Gates(rows, scores, 0.0 if weights else self.ramp)
+        schedule = self.scheduled(decoder, lesson)
+        chosen = {"apart": APART, "sharpness": _sharpness(schedule.steps)} if weights else {}
+        gates = Gates(rows, scores, 0.0 if weights else self.ramp, **chosen)
         student = self._student(decoder, calibration, lesson, gates, weights)
-        found = dict(train(student, lesson, Likelihood(), self.scheduled(decoder, lesson)))
+        found = dict(train(student, lesson, Likelihood(), schedule))
         off = max(float((student.gates.expected(row) / row.keep - 1).abs().max()) for row in rows)
         evidence = {NOTE: found.pop(NOTE), "off_target": off, "undecided": student.gates.undecided(), "trained": found}
         cuts = student.cuts()
@@ -253,6 +258,11 @@ class Sheared(TrainingPass, PrunePass):
             float32=self.in_float32(sum(value.numel() for value in copied.model.parameters())),
             zeros_stay=self.keep_zeros,
         )
+
+
+def _sharpness(steps: int | None) -> float:
+    """With what sharpness gates begin that may choose otherwise than was chosen: in a short training, what is tried costs more than it finds."""
+    return float(SHARPEST ** (1 - min(1.0, (steps or 0) / LONG)))
 
 
 @lru_cache(maxsize=4)
