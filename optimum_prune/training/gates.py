@@ -25,7 +25,7 @@ SPREAD, GAP = 12.0, 2.0
 much two that follow each other do at most, so that few units are tried too."""
 SHARPEST, DECIDED = 8.0, 0.8
 """By what logits are multiplied in the end, and in which part of what follows when the targets are reached they come to that."""
-APART = 0.7
+APART = 0.85
 """By how much further the logits of those that stay and of those that go differ at first, where a choice was made before: its units begin
 fully open, and seldom closed."""
 FARTHEST, HALVINGS = 16.0, 40
