@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_is_no_fault_of_the_checkpoint(checkpoints, tmp_path
     monkeypatch.setattr(mapping, "AT_ONCE", 1)
 
     class Full(MappedWeights):
-        def keep(self, tensors):
+        def keep(self, tensors, written=None):
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left") as caught:
