@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from optimum_prune.calibration.stream import Batch
     from optimum_prune.calibration.visit import LayerVisit
 
-
 FINALISTS = 4
 """Windows of layers that are healed and measured again, to choose among them."""
 
@@ -55,11 +54,16 @@ def best_window(decoder: Decoder, calibration: Calibration, span: int, damping: 
     """The `span` consecutive layers that go best: of those windows that cost least, the one that is best healed."""
     starts = range(len(decoder) - span + 1)
     losses = measured_without(decoder, calibration, starts, span)
-    finalists = losses.ranked[:FINALISTS]
-    start, _ = calibration.once(
-        "best healed window", partial(best_healed, decoder, calibration, finalists, span, damping)
-    )
+    start, _ = best_of(decoder, calibration, losses.ranked, span, damping)
     return range(start, start + span)
+
+
+def best_of(
+    decoder: Decoder, calibration: Calibration, ranked: Sequence[int], span: int, damping: float
+) -> tuple[int, dict[int, float]]:
+    """See `best_healed`, of the first of some windows, which are ranked; measured once."""
+    healed = partial(best_healed, decoder, calibration, ranked[:FINALISTS], span, damping)
+    return calibration.once("best healed window", healed)
 
 
 def best_healed(
@@ -89,9 +93,8 @@ def best_healed(
 
 def best_window_cost(work: Workload, shape: Shape, span: int) -> Cost:
     """What `best_window` takes."""
-    windows = len(shape.layers) - span + 1
-    spans = [(start, start + span, 0.0) for start in range(windows)]
-    healed = finalists_cost(work, trial_workloads(work)[1], shape, span, min(FINALISTS, windows))
+    spans = [(start, start + span, 0.0) for start in range(len(shape.layers) - span + 1)]
+    healed = finalists_cost(work, trial_workloads(work)[1], shape, span)
     return searching_cost(work, shape, spans, race=True).followed_by(healed)
 
 
@@ -109,13 +112,14 @@ def _as_layer(layer: nn.Module, index: int) -> Any:
     return lambda batch, hidden: batch.run(layer, index, hidden)
 
 
-def finalists_cost(work: Workload, few: Workload, shape: Shape, count: int, finalists: int) -> Cost:
-    """Heals some windows of `count` layers on a part of the text, and measures them on another.
+def finalists_cost(work: Workload, few: Workload, shape: Shape, count: int) -> Cost:
+    """Heals the best windows of `count` layers on a part of the text, and measures them on another.
 
     Args:
         few: the workload of the other part.
     """
     layers = len(shape.layers)
+    finalists = min(FINALISTS, layers - count + 1)
     bridges = [replace(refitting_cost(work, layer, FEED_FORWARD), left=0.0) for layer in shape.layers]
     copies = finalists * work.itemsize * work.hidden * max(layer.width(FEED_FORWARD) for layer in shape.layers)
     bridging = Cost().followed_by(*bridges).times(2 * finalists / layers).with_memory(work.stored_states(2) + copies)

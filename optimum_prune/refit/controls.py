@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder, DecoderLayer
     from optimum_prune.anatomy.shape import Shape
     from optimum_prune.calibration.calibration import Calibration
-    from optimum_prune.calibration.statistics import Gram
     from optimum_prune.text.windows import Windows
 
 FITTED = 4
@@ -168,16 +167,11 @@ class Comparison:
             maps = []
             for weight, gram, units in zip(projection.maps, grams, kept if axis.groups else [kept], strict=True):
                 damping = max(DAMPING, gram.features / max(gram.tokens, 1))
-                damped = partial(_damped, gram, damping)
-                solved, _ = refit_cheaply(damped, weight, axis.inputs(units))  # type: ignore[arg-type]
+                solved, _ = refit_cheaply(partial(damp, gram.exact, damping), weight, axis.inputs(units))  # type: ignore[arg-type]
                 maps.append(solved.T.to(weight.device, weight.dtype))
             stored = projection.stored(maps, None)
             weights |= layer.named(stored)
         return weights
-
-
-def _damped(gram: Gram, damping: float) -> Tensor:
-    return damp(gram.exact, damping)
 
 
 def _few(windows: Windows) -> tuple[Windows, Windows]:

@@ -9,8 +9,7 @@ from healed import with_ffn_bridged
 from shortened import loss, losses_without_windows
 
 from optimum_prune import Calibration, Depth
-from optimum_prune.builtin.prune.depth import FINALISTS
-from optimum_prune.refit.bridging import best_healed
+from optimum_prune.refit.bridging import FINALISTS, best_healed
 from optimum_prune.selection.divergence import split
 
 CALIBRATION = tiny.windows(20)

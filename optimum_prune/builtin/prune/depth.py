@@ -25,7 +25,7 @@ from optimum_prune.hooks.marker import hookimpl
 from optimum_prune.options import option
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
-from optimum_prune.refit.bridging import FINALISTS, best_healed, finalists_cost, hand_on, measured_without
+from optimum_prune.refit.bridging import best_of, finalists_cost, hand_on, measured_without
 from optimum_prune.refit.healing import heal, healing_cost
 from optimum_prune.selection import importance
 from optimum_prune.selection.divergence import split, trial_workloads
@@ -158,12 +158,12 @@ class Depth(PrunePass):
         return self.search == "racing"
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
-        count, layers = self._count(shape), len(shape.layers)
+        count = self._count(shape)
         _, few = trial_workloads(work)
         influence = few.run_all(shape.layers, few.tokens).with_memory(few.states(3))
         cost = influence.followed_by(self._searching(shape, work, count))
         if self._chooses_healed:
-            cost = cost.followed_by(finalists_cost(work, few, shape, count, min(FINALISTS, layers - count + 1)))
+            cost = cost.followed_by(finalists_cost(work, few, shape, count))
         return cost.followed_by(healing_cost(work, shape, count)) if self.heal else cost
 
     def _searching(self, shape: Shape, work: Workload, count: int) -> Cost:
@@ -214,10 +214,7 @@ class Depth(PrunePass):
             return ranked[:count], evidence
         start = ranked[0]
         if self._chooses_healed:
-            finalists = ranked[:FINALISTS]
-            start, healed = calibration.once(
-                "best healed window", lambda: best_healed(decoder, calibration, finalists, span, self.damping)
-            )
+            start, healed = best_of(decoder, calibration, ranked, span, self.damping)
             evidence["perplexity_healed_without_window_from"] = healed
         return range(start, start + span), evidence
 

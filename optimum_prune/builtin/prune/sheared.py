@@ -142,10 +142,11 @@ class Sheared(TrainingPass, PrunePass):
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         walks = walk_cost(work, shape, streams=3)
-        span = len(shape.layers) - len(self.foresee(shape).layers)
+        target = self.foresee(shape)
+        span = len(shape.layers) - len(target.layers)
         if span and self.start == "refitted":
             walks = walks.followed_by(best_window_cost(work, shape, span))
-        new = self.foresee(shape).parameters * work.itemsize
+        new = target.parameters * work.itemsize
         return walks.followed_by(super().estimate(shape, work)).with_memory(new).followed_by(Cost(left=new))
 
     # Deciding
