@@ -109,13 +109,15 @@ def spec_of(plugins):
 def convert(tmp_path, spec_of):
     """Checks, carries out and judges a pass on a checkpoint; returns the folder that it wrote and what is known of it."""
 
-    def convert(step, source: Path, dtype: str = "float32"):
+    def convert(step, source: Path, dtype: str = "float32", device: str = "cpu"):
         step.check(spec_of(source))
         target = tmp_path / step.name
         target.mkdir()
         windows = tiny.windows(count=8, length=32)
-        expected = ReferenceOutputs.of(TransformersRuntime(load_model(source, dtype=dtype)), windows.tokens)
-        job = Job(source, target, windows, "cpu", Progress())
+        expected = ReferenceOutputs.of(
+            TransformersRuntime(load_model(source, dtype=dtype, device_map=device)), windows.tokens
+        )
+        job = Job(source, target, windows, device, Progress())
         return target, convert_and_judge(step, job, expected, tiny.windows(count=4, length=24, seed=1))
 
     return convert

@@ -5,12 +5,12 @@ import torch
 from optimum_prune_executorch import ExecuTorch
 from optimum_prune_onnx import Onnx
 from optimum_prune_openvino import OpenVino
-from optimum_prune_torchao import DYNAMIC, WEIGHT_ONLY, TorchAo
+from optimum_prune_torchao import DYNAMIC, SPARSE, WEIGHT_ONLY, TorchAo, is_semi_structured
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_prune import Recipe, Settings, load_model
-from optimum_prune.errors import RecipeError, VerificationError
+from optimum_prune.errors import PassError, RecipeError, VerificationError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:torchao.*"),
@@ -85,6 +85,10 @@ def test_impossible_options_are_refused_with_the_remedy(small, spec_of):
         TorchAo(group_size=0)
     with pytest.raises(RecipeError, match="Leave reduce_range out"):
         TorchAo(reduce_range=True)
+    with pytest.raises(RecipeError, match="rounds no weights"):
+        TorchAo(quant_type=SPARSE, group_size=64)
+    with pytest.raises(RecipeError, match="rounds no activations"):
+        TorchAo(quant_type=SPARSE, reduce_range=True)
     with pytest.raises(RecipeError, match="group_size of 128, 64, 32, 16"):
         TorchAo(group_size=96).check(spec_of(small))
 
@@ -119,3 +123,55 @@ def test_rounded_activations_are_not_exported(small):
     Recipe(passes=(TorchAo(), Onnx(quantize="int8")), settings=settings)
     with pytest.raises(RecipeError, match=r"'onnx' comes after 'torchao', and cannot read what that leaves"):
         Recipe(passes=(TorchAo(quant_type=DYNAMIC), Onnx()), settings=settings)
+
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
+
+
+@pytest.fixture(scope="module")
+def two_of_four(small, tmp_path_factory) -> Path:
+    """The small checkpoint in bfloat16, its layers' weights with 2:4 zeros."""
+    model = load_model(small, dtype="bfloat16")
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            parameter.data[:, ::4] = parameter.data[:, 2::4] = 0
+    folder = tmp_path_factory.mktemp("checkpoints") / "two-of-four"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(small).save_pretrained(folder)
+    return folder
+
+
+def test_what_is_semi_structured():
+    weight = torch.ones(3, 8)
+    assert not is_semi_structured(weight)
+    weight[:, [0, 1, 6, 7]] = 0
+    assert is_semi_structured(weight)
+    weight[2, 0], weight[2, 4] = 1, 0  # as many zeros, but three weights among four
+    assert not is_semi_structured(weight)
+    assert not is_semi_structured(torch.zeros(3, 6))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is an NVIDIA GPU")
+def test_sparse_cores_are_asked_for_before_anything_runs(two_of_four, spec_of):
+    with pytest.raises(RecipeError, match=r"semi_sparse_weight needs an NVIDIA GPU .* Leave the pass out"):
+        TorchAo(quant_type=SPARSE).check(spec_of(two_of_four))
+
+
+def test_a_run_without_the_gpu_is_refused(two_of_four, quantize, tmp_path):
+    with pytest.raises(PassError, match="--device cuda"):
+        quantize(TorchAo(quant_type=SPARSE), two_of_four, tmp_path / "target", None)
+
+
+@GPU
+def test_zeros_are_packed_for_the_sparse_cores(two_of_four, convert):
+    folder, done = convert(TorchAo(quant_type=SPARSE), two_of_four, dtype="bfloat16", device="cuda")
+    assert done.evidence["layers_with_packed_zeros"] == 4 * 7
+    assert done.evidence["bytes_on_the_gpu_packed"] < 0.8 * done.evidence["bytes_on_the_gpu_with_zeros"]
+    assert done.comparison.difference < 0.05
+    assert (folder / "model.safetensors").read_bytes() == (two_of_four / "model.safetensors").read_bytes()
+
+
+@GPU
+def test_without_such_zeros_there_is_nothing_to_pack(small, convert):
+    with pytest.raises(PassError, match="no linear layer with 2:4 zeros"):
+        convert(TorchAo(quant_type=SPARSE), small, device="cuda")
