@@ -1,7 +1,8 @@
 """What becomes of a program that is told to stop: it says so and ends with the code 130, whenever that is.
 
 While it imports its libraries there is nothing to clean up, and an exception might get lost in somebody's import: it ends at once. Later a
-`KeyboardInterrupt` unwinds it. In the end, when what was asked for is there, it is too late to stop.
+`KeyboardInterrupt` unwinds it, or, where something is to be kept first, waits until that is done. In the end, when what was asked for is there, it
+is too late to stop.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -28,6 +29,12 @@ _first: float | None = None
 """When the first signal came that is being obeyed."""
 _raises = _late = False
 """Whether a signal raises, and whether what it would stop is about to be there."""
+_defers = _waits = False
+"""Whether a first signal is to wait until a `deferred` ends, and whether one does."""
+_kept: Callable[[], str] = str
+"""What is kept, in a sentence; empty if nothing is."""
+NOTHING = "nothing was written."
+WAITING = "Stopping after this step, whose state is kept; a second Ctrl-C stops at once."
 
 
 def end_at_once(program: str) -> None:
@@ -75,6 +82,35 @@ def finishing() -> Iterator[None]:
         raise
 
 
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Lets a first signal raise at the end of a `with`, which looks whether one is `waiting` and makes haste; a later one raises at once."""
+    global _defers, _waits
+    _defers = True
+    try:
+        yield
+    finally:
+        waited, _defers, _waits = _waits, False, False
+    if waited:
+        raise KeyboardInterrupt
+
+
+def waiting() -> bool:
+    """Whether a signal to stop waits for the end of a `deferred`."""
+    return _waits
+
+
+@contextmanager
+def telling(kept: Callable[[], str]) -> Iterator[None]:
+    """Lets the program say what is kept if it is ended within a `with` because it did not come to an end by itself."""
+    global _kept
+    _kept = kept
+    try:
+        yield
+    finally:
+        _kept = str
+
+
 def came() -> bool:
     """Whether a signal to stop has come within the `with`, whatever became of its KeyboardInterrupt."""
     return _first is not None
@@ -94,20 +130,26 @@ def _heeded() -> list[signal.Signals]:
 
 def _end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - every handler is called so
     if os.environ.get("RANK", "0") in ("", "0"):
-        os.write(2, f"{_program}: interrupted; nothing was written.\n".encode(errors="replace"))
+        os.write(2, f"{_program}: interrupted; {_kept() or NOTHING}\n".encode(errors="replace"))
     os._exit(CODE)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    global _first
+    global _first, _waits
     if _late:
         return
     now = time.monotonic()
     if _first is None:
-        _first = now
+        _first, _waits = now, _defers
+        if not _waits:
+            raise KeyboardInterrupt
+        if os.isatty(2):
+            os.write(2, f"\n{WAITING}\n".encode())
+    elif now - _first > GRACE:
+        if not _waits:  # it does not come to an end
+            _end(number, frame)
+        _first, _waits = now, False
         raise KeyboardInterrupt
-    if now - _first > GRACE:  # it does not come to an end
-        _end(number, frame)
 
 
 def _unraisable(unraisable: Any) -> None:

@@ -29,10 +29,11 @@ from optimum_prune.run.converting import convert_folders
 from optimum_prune.run.fingerprints import identity
 from optimum_prune.run.finished import note_finished, remove_finished
 from optimum_prune.run.in_memory import change_in_memory
+from optimum_prune.run.known import unfinished_folder
 from optimum_prune.run.output import HiddenOutput, check_output, hidden_output, mend, move_beside
 from optimum_prune.run.ownership import check_unfinished
 from optimum_prune.run.run import Run
-from optimum_prune.run.unfinished import Unfinished, unfinished_folder
+from optimum_prune.run.unfinished import Unfinished
 from optimum_prune.text.domains import Chosen, TrainingReader, apart
 from optimum_prune.text.drawing import Reader, draw
 from optimum_prune.text.text import Text, texts_to_use

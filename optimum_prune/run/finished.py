@@ -10,8 +10,9 @@ from optimum_prune.errors import OutputError
 from optimum_prune.machine.given_files import mapping_in
 from optimum_prune.machine.whole_files import whole
 from optimum_prune.run.fingerprints import files_fingerprint
+from optimum_prune.run.known import unfinished_folder
 from optimum_prune.run.ownership import check_unfinished
-from optimum_prune.run.unfinished import Unfinished, unfinished_folder
+from optimum_prune.run.unfinished import Unfinished
 
 FINISHED = "finished.json"
 """In a folder of what is unfinished: the fingerprint of the output that was about to get its place."""

@@ -1,8 +1,9 @@
-"""Files that say what is kept of a run: whole, or as good as not there."""
+"""What is kept of a run: where, and the files that say of what, whole or as good as not there."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,12 @@ from optimum_prune.machine.whole_files import whole
 
 LARGEST = 2**26
 """Bytes of such a file."""
+
+
+def unfinished_folder(output: Path) -> Path:
+    """Where what is unfinished of a run with this output is kept."""
+    path = Path(os.path.abspath(output))
+    return path.with_name(f"{path.name}.unfinished")
 
 
 def known_in(file: Path, more: Mapping[str, type] | None = None) -> Any:

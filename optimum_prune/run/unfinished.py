@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from optimum_prune.errors import OptimumPruneError, OutputError, RecipeError, VetoError, followed, found_no_memory
-from optimum_prune.machine import processes
+from optimum_prune.machine import interrupts, processes
 from optimum_prune.machine.processes import ProcessError
 from optimum_prune.machine.watched_files import WEIGHTS
 from optimum_prune.run.fingerprints import files_fingerprint
 from optimum_prune.run.hidden import discard
 from optimum_prune.run.journal import Journal
-from optimum_prune.run.known import as_kept, known_in, write_known
+from optimum_prune.run.known import as_kept, known_in, unfinished_folder, write_known
 from optimum_prune.run.ownership import check_unfinished
 
 STATE = "state.json"
@@ -224,7 +224,8 @@ class Unfinished:
         and if passes are done in it before the one that failed, which may be mended.
         """
         try:
-            yield
+            with interrupts.telling(self._in_journal):
+                yield
         except OptimumPruneError as error:
             again = _may_end_otherwise(error)
             if self._journal is not None and not again and not self._journal.stopped_behind_others:
@@ -252,15 +253,17 @@ class Unfinished:
         with suppress(OSError):  # a checkpoint of another run may be there
             self.folder.rmdir()
 
-    def _kept(self, mended: str = "") -> str:
-        """What the same command can go on from, in a sentence.
+    def _in_journal(self, mended: str = "") -> str:
+        """That there is something in the journal, or of a training, in a sentence."""
+        if self._journal is None or not (len(self._journal) or any((self.folder / TRAINING).glob("*/*"))):
+            return ""
+        return f"What was done so far is kept in {self.folder}; the same command{mended} goes on from there."
 
-        Args:
-            mended: what is to be mended before.
-        """
+    def _kept(self, mended: str = "") -> str:
+        """What the same command can go on from, in a sentence; `mended` says what is to be mended before."""
+        if kept := self._in_journal(mended):
+            return kept
         if self._journal is not None:
-            if len(self._journal):
-                return f"What was done so far is kept in {self.folder}; the same command{mended} goes on from there."
             self._remove_journal()
         state = self._read() if self._saved else None
         if state is None:
@@ -292,9 +295,3 @@ def _may_end_otherwise(error: OptimumPruneError) -> bool:
     """Whether the same command may come to another end the next time, with nothing changed that a journal is of."""
     cause = error.__cause__
     return isinstance(error, (OutputError, VetoError, ProcessError)) or (cause is not None and found_no_memory(cause))
-
-
-def unfinished_folder(output: Path) -> Path:
-    """Where what is unfinished of a run with this output is kept."""
-    whole = Path(os.path.abspath(output))
-    return whole.with_name(f"{whole.name}.unfinished")

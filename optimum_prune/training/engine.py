@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from optimum_prune.errors import OutputError, reason
-from optimum_prune.machine import processes, tensor_files
+from optimum_prune.machine import interrupts, processes, tensor_files
 from optimum_prune.training.lesson import Lesson, Objective, TrainingBatch
 from optimum_prune.training.schedule import Schedule
 from optimum_prune.training.student import Student
@@ -49,7 +49,7 @@ def train(student: Student, lesson: Lesson, objective: Objective, schedule: Sche
             if checkpoint is not None:
                 watch.load(json.loads((checkpoint / STATE).read_text()))
                 lesson.progress.say(f"Training goes on from the state in {checkpoint}.")
-            with written_to(lesson.logs or lesson.folder / "logs"):
+            with written_to(lesson.logs or lesson.folder / "logs"), _stopped_behind_a_step():
                 trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             trainer.accelerator.free_memory()
             return watch.ended()
@@ -62,6 +62,11 @@ def latest(folder: Path) -> Path | None:
     """The last state of a training in a folder that was kept whole."""
     found = sorted(folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     return next((path for path in reversed(found) if (path / STATE).is_file()), None)
+
+
+def _stopped_behind_a_step() -> AbstractContextManager[None]:
+    """Lets a signal to stop wait until the step at hand is done and its state kept; several processes are told to stop at several moments."""
+    return nullcontext() if processes.size() > 1 else interrupts.deferred()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from optimum_prune.errors import NumericalError
 from optimum_prune.evaluation.perplexity import TOKENS_PER_BATCH, perplexity
-from optimum_prune.machine import processes
+from optimum_prune.machine import interrupts, processes
 from optimum_prune.machine.progress import Progress
 from optimum_prune.machine.whole_files import whole
 from optimum_prune.surgery.cuts import NOTE
@@ -91,17 +91,19 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
             self._move_weights(step)
         self._advance(step, part)
         over = part >= 1 or bool(self._why)
-        due = time.monotonic() - self._saved > 60 * self._schedule.checkpoint_minutes
+        due = interrupts.waiting() or time.monotonic() - self._saved > 60 * self._schedule.checkpoint_minutes
         stops, saves = processes.broadcast_from_first(lambda: (over, due and not over))
         control.should_training_stop, control.should_save = stops, saves
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Adds to a kept state what its Trainer does not know."""
+        """Adds to a kept state what its Trainer does not know; one that was told to stop ends with it."""
         if processes.first():
             place = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             with whole(place / STATE) as partial:
                 partial.write_text(json.dumps(self._state()))
         self._saved = time.monotonic()
+        if interrupts.waiting():
+            raise KeyboardInterrupt
 
     # What it knows
 

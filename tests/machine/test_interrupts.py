@@ -122,3 +122,46 @@ def test_a_result_that_fails_at_its_end_can_be_stopped_again():
             signal.raise_signal(signal.SIGINT)
         assert interrupts.stopping()
     assert not interrupts.stopping()
+
+
+def test_where_something_is_to_be_kept_a_signal_waits_until_it_is():
+    with interrupts.raised():
+        done = []
+        with pytest.raises(KeyboardInterrupt), interrupts.deferred():  # noqa: PT012 - the signal arrives within
+            assert not interrupts.waiting()
+            signal.raise_signal(signal.SIGTERM)
+            assert interrupts.waiting()
+            signal.raise_signal(signal.SIGTERM)  # as a terminal and a launcher send it
+            done.append("kept")
+        assert done == ["kept"]
+        assert not interrupts.waiting()
+
+
+def test_a_later_signal_does_not_wait(monkeypatch):
+    monkeypatch.setattr(interrupts, "GRACE", 0.0)
+    with interrupts.raised(), interrupts.deferred():
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.01)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert not interrupts.waiting()
+
+
+def test_what_goes_wrong_meanwhile_is_not_hidden_by_a_signal_that_waits():
+    with interrupts.raised(), pytest.raises(ValueError, match="mine"), interrupts.deferred():  # noqa: PT012
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("mine")
+
+
+def test_a_program_that_does_not_come_to_an_end_says_what_is_kept():
+    deaf = (
+        "interrupts.GRACE = 0.05\n"
+        "        with interrupts.telling(lambda: 'all is kept.'):\n"
+        "            while True:\n"
+        "                try:\n"
+        "                    import time; time.sleep(60)\n"
+        "                except KeyboardInterrupt:\n"
+        "                    pass"
+    )
+    code, _, error = stopped(EARLY.format(work=RAISED.format(work=deaf)), signal.SIGTERM, times=3)
+    assert (code, error) == (130, "program: interrupted; all is kept.\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,11 +25,14 @@ from optimum_prune.builtin.recover.distill import Distill
 from optimum_prune.builtin.recover.pretrain import Pretrain
 from optimum_prune.builtin.recover.reconstruct import Reconstruct
 from optimum_prune.errors import RecipeError, TextError
+from optimum_prune.machine import interrupts
+from optimum_prune.machine.progress import Progress
 from optimum_prune.plan.forecast import forecast
 from optimum_prune.report.report import Report
 from optimum_prune.text.training import DomainText, Training
 from optimum_prune.text.windows import Domain, Texts, Windows
 from optimum_prune.training.lesson import Lesson
+from optimum_prune.training.student import Student
 from optimum_prune.training.watch import Watch
 
 DEPTH = Depth(drop=(2, 3))
@@ -94,6 +98,46 @@ def test_a_run_that_was_killed_while_it_trained_goes_on(step, precompute, recipe
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
     assert trained(report, 2)["losses"] == trained(whole, 2)["losses"]
     assert sorted(each.name for each in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_training_that_is_stopped_ends_behind_the_step_at_hand_and_keeps_its_state(recipe, tmp_path, monkeypatch):
+    wanted, steps, begun = recipe(DEPTH, Pretrain(**SHORT)), [], Student.begin
+    whole = compress(wanted, tmp_path / "whole")
+
+    def stop(self, step, part):
+        steps.append(step)
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+        return begun(self, step, part)
+
+    monkeypatch.setattr(Student, "begin", stop)
+    kept = f"What was done so far is kept in {tmp_path / 'out'}.unfinished; the same command goes on from there."
+    with interrupts.raised(), pytest.raises(KeyboardInterrupt, match=kept):
+        compress(wanted, tmp_path / "out")
+    assert steps[-1] == 5
+    monkeypatch.setattr(Student, "begin", begun)
+    with interrupts.raised():
+        report = compress(wanted, tmp_path / "out")
+    assert trained(report)["losses"] == trained(whole)["losses"]
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
+def test_a_training_that_comes_first_keeps_its_state_too(recipe, tmp_path, monkeypatch):
+    wanted, begun = recipe(Pretrain(**SHORT)), Student.begin
+
+    def stop(self, step, part):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return begun(self, step, part)
+
+    monkeypatch.setattr(Student, "begin", stop)
+    with interrupts.raised(), pytest.raises(KeyboardInterrupt, match="is kept in"):
+        compress(wanted, tmp_path / "out")
+    monkeypatch.setattr(Student, "begin", begun)
+    said = []
+    monkeypatch.setattr(Progress, "say", lambda _, sentence: said.append(sentence))
+    compress(wanted, tmp_path / "out")
+    assert any("Training goes on from the state in" in sentence for sentence in said)
 
 
 def test_reconstruction_brings_layers_nearer_to_the_dense_model(recipe, tmp_path):
