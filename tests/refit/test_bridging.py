@@ -9,7 +9,7 @@ from healed import with_ffn_bridged
 from shortened import loss, losses_without_windows
 
 from optimum_prune import Calibration, Depth
-from optimum_prune.refit.bridging import FINALISTS, best_healed
+from optimum_prune.refit.bridging import FINALISTS, best_healed, best_window
 from optimum_prune.selection.divergence import split
 
 CALIBRATION = tiny.windows(20)
@@ -41,3 +41,10 @@ def test_only_the_windows_that_are_named_are_compared_and_nothing_changes(name, 
     assert best == min(expected, key=expected.get)
     assert found == pytest.approx({start: math.exp(value) for start, value in expected.items()}, rel=1e-3)
     assert all(torch.equal(value, before[key]) for key, value in decoder.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_the_window_that_a_training_begins_without_is_the_one_that_depth_leaves_out(name, decoder):
+    *_, decision = Depth(layers=2).decide(decoder, Calibration(CALIBRATION))
+    window = best_window(decoder, Calibration(CALIBRATION), 2, Depth(layers=2).damping)
+    assert list(window) == decision.evidence["dropped"]

@@ -79,6 +79,27 @@ def test_what_a_pass_refitted_is_refitted_for_every_choice(name, decoder):
     assert all(raw[name] != refitted[name] for name in ("chosen", "random", "magnitude"))
 
 
+@pytest.mark.parametrize("name", ["llama"])
+@pytest.mark.parametrize("length", [4, 64], ids=["few tokens", "many"])
+def test_a_refit_on_few_tokens_is_damped_by_as_much_as_it_has_features_for_each(name, length, decoder):
+    windows, kept = tiny.windows(12, length), tuple(range(0, tiny.WIDTH, 3))
+    fitted = split(windows)[0].tokens[:4]
+    projection, inputs = decoder.layers[0].part("mlp.down_proj"), []
+    handle = projection.register_forward_pre_hook(lambda _, given: inputs.append(given[0].detach().flatten(0, 1)))
+    decoder.model(input_ids=fitted)
+    handle.remove()
+    rows = torch.cat(inputs).double()
+    gram, weight = rows.T @ rows, projection.weight.detach().double()
+    gram += max(0.01, tiny.WIDTH / len(rows)) * gram.diagonal().mean() * torch.eye(tiny.WIDTH)
+    solved = torch.linalg.solve(gram[kept, :][:, kept], gram[kept, :] @ weight.T).T
+    smaller = Decoder(copy.deepcopy(decoder.model), decoder.family)
+    cuts = Cuts(units={(0, "channels"): kept})
+    conformance.cut(smaller, cuts)
+    smaller.layers[0].part("mlp.down_proj").weight.data.copy_(solved)
+    found = controlled(decoder, cuts, windows, {f"{decoder.layers[0].prefix}mlp.down_proj.weight"})
+    assert found["chosen"] == pytest.approx(perplexity_of(smaller.model, windows), rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
 @pytest.mark.parametrize("scorer", [at_random(0), by_magnitude()], ids=["random", "magnitude"])
 def test_as_much_is_kept_of_each_part(name, decoder, scorer):

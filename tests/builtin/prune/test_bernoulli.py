@@ -198,3 +198,21 @@ def test_what_a_model_cannot_give_is_refused(name, decoder, options, why):
 def test_options_that_cannot_be_are_refused(options):
     with pytest.raises(RecipeError, match="bernoulli"):
         Bernoulli(**options)
+
+
+def test_units_learn_with_all_others_of_their_place():
+    kind = Kind(((0, "channels", 4), (1, "channels", 100)), 50, {})
+    gradient = torch.arange(104, dtype=torch.float64)
+    moved = kind.shared(gradient) - gradient
+    torch.testing.assert_close(moved[:4], torch.full((4,), 0.2 * 6.0, dtype=torch.float64))
+    rest = torch.full((100,), 0.1 * gradient[4:].sum().item(), dtype=torch.float64)  # one over the root of so many
+    torch.testing.assert_close(moved[4:], rest)
+
+
+def test_scores_are_compared_within_their_place():
+    kind = Kind(((0, "channels", 3), (1, "channels", 3), (2, "channels", 2)), 4, {})
+    found = kind.standardized(torch.tensor([1.0, 2.0, 3.0, 100.0, 200.0, 300.0, 5.0, 5.0]))
+    torch.testing.assert_close(found[:3], found[3:6])
+    assert found[:3].mean().item() == pytest.approx(0, abs=1e-6)
+    assert found[:3].std(unbiased=False).item() == pytest.approx(1)
+    assert found[6:].tolist() == [0, 0]  # alike, and no reason to divide by nothing
