@@ -67,6 +67,7 @@ class Journal:
         self._at_work = False
         self._asked = Counter[str]()
         self._latest: tuple[object, str] | None = None
+        """What was asked for last within a pass, and what it is called."""
 
     def __len__(self) -> int:
         """How many pieces there are."""
@@ -150,6 +151,7 @@ class Journal:
                 decision = self.once("decision", partial(_given, made))
             assert self._latest is not None
             keys.append(self._latest[1])
+            self._latest = None  # which may be all weights of a model
             yield decision
         self._keep(done, keys)
         self._at_work = False
@@ -164,7 +166,7 @@ class Journal:
         """
         self._begin(name)
         done = self._once(f"{self._pass}: {DONE}", carry_out, alike=True, written=written)
-        self._at_work = False
+        self._at_work, self._latest = False, None
         return done
 
     def _begin(self, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -300,6 +302,17 @@ class TestTheJournal:
 
         assert len(list(journal.decisions("one", decide))) == 2
         assert len(journal) == 3  # and that the pass is done
+
+    def test_holds_nothing_of_what_a_pass_came_to(self, tmp_path):
+        """It may be all weights of a model."""
+        journal, weights = Journal(tmp_path, tmp_path), [torch.ones(2), torch.ones(2)]
+        left = [weakref.ref(weight) for weight in weights]
+        journal.result("one", lambda: {"weights": {"weight": weights.pop()}})
+        for _ in journal.decisions("two", lambda: [Decision(weights={"weight": weights.pop()})]):
+            pass
+        del _
+        gc.collect()
+        assert [each() for each in left] == [None, None]
 
     def test_tells_pieces_of_one_name_apart_by_their_order(self, tmp_path):
         for _ in range(2):
