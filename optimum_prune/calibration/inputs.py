@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 class Statistic(Protocol):
     """Something that is summed over tokens."""
 
+    @property
+    def tokens(self) -> int:
+        """Over how many, in all processes."""
+
     def add(self, activations: Tensor, /) -> None:
         """Adds these rows."""
 

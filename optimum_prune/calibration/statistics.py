@@ -135,11 +135,21 @@ class SquaredNorms:
         self._sum[:-1] += activations.float().square().sum(0).to(self._solving)
         self._sum[-1] += len(activations)
 
+    def _complete(self) -> None:
+        """Adds what other processes have, once."""
+        if not self._summed:
+            self._summed, self._sum = True, processes.all_sum(self._sum)
+
+    @property
+    def tokens(self) -> int:
+        """How many rows were added."""
+        self._complete()
+        return int(self._sum[-1])
+
     @property
     def value(self) -> Float[Tensor, " features"]:
         """The sums so far."""
-        if not self._summed:
-            self._summed, self._sum = True, processes.all_sum(self._sum)
+        self._complete()
         return self._sum[:-1]
 
 

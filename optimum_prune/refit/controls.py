@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ DAMPING = 0.01
 OTHERS = ("random", "magnitude")
 ALIKE = 0.9
 """The cosine of features that were trained and those that they were; of directions and features, it is small."""
+ROTATED = "hidden states were rotated, and no choice of features comes to as much, so nothing is measured beside the directions that stay"
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,21 @@ class Control:
 
     def evidence(self, calibration: Calibration, seed: int = 0) -> dict[str, Any]:
         """Perplexities of the choices, and a sentence on them; nothing where there was no choice of layers, blocks, units or zeros."""
+        if self._rotated():
+            return {NOTE: ROTATED}
         found, windows = self._measured(calibration, seed), len(_few(calibration.windows)[1])
         return found and {"windows": windows, "perplexity": found, NOTE: told(found, windows, trained=self.trained)}
+
+    def _rotated(self) -> bool:
+        """Whether features of hidden states went after a rotation."""
+        kept = [units for (index, _), units in self.cuts.units.items() if index is None]
+        tables = [decoder.model.get_input_embeddings().weight.detach() for decoder in (self.before, self.after)]
+        return bool(kept) and not _is_part(tables[0][:, list(kept[0])], tables[1])
 
     def _measured(self, calibration: Calibration, seed: int) -> dict[str, float]:
         """The perplexities of the choices."""
         if any(index is None for index, _ in self.cuts.units):
-            return features_controls(self.before, self.after, self.cuts, calibration, seed)
+            return features_controls(self.before, self.cuts, calibration, seed)
         zeros = self._zeros()
         if self.cuts == Cuts() and not zeros:
             return {}
@@ -211,20 +220,11 @@ class _Streams:
                     yield token_losses(found[0], one.tokens[0], one.mask[0]).sum(dtype=torch.float32).item()
 
 
-def features_controls(
-    before: Decoder, after: Decoder, cuts: Cuts, calibration: Calibration, seed: int
-) -> dict[str, float]:
-    """The same for features of hidden states, where those of the model stay, and whatever else goes with them: norms are rescaled for
-    each choice, and nothing is refitted.
-
-    Returns:
-        Nothing where hidden states were rotated: no choice of features comes to the same.
-    """
+def features_controls(before: Decoder, cuts: Cuts, calibration: Calibration, seed: int) -> dict[str, float]:
+    """The same for features of hidden states, and whatever else goes with them: norms are rescaled for each choice, and nothing is refitted."""
     ((_, name),) = (place for place in cuts.units if place[0] is None)
-    axis, kept = before.hidden(), cast("Sequence[int]", cuts.kept(None, name))
-    tables = [decoder.model.get_input_embeddings().weight.detach() for decoder in (before, after)]
-    if axis is None or not _is_part(tables[0][:, list(kept)], tables[1]):
-        return {}
+    axis = before.hidden()
+    assert axis is not None, "features went"
     fitted, measured = _few(calibration.windows)
     few = calibration.quiet().on(fitted)
     chosen = {"chosen": cuts, "random": chosen_otherwise(before, cuts, at_random(seed))}

@@ -59,14 +59,15 @@ class Sparsifying(Generic[S]):
         """
         for layer in decoder.layers:
             self._check(layer)
-        zeros, weights = 0, 0
+        zeros, weights, unreached = 0, 0, 0
         for visit in calibration.walk(decoder, description):
             if visit.index not in self.protect:
                 decision = calibration.once(f"layer {visit.index}", partial(self._decision, visit))
                 zeros += sum(int((value == 0).sum()) for value in decision.weights.values())
                 weights += sum(value.numel() for value in decision.weights.values())
+                unreached += decision.evidence["unreached"]
                 yield decision
-        yield Decision(evidence={"zeros": zeros, NOTE: _told(zeros, weights)})
+        yield Decision(evidence={"zeros": zeros, "unreached": unreached, NOTE: _told(zeros, weights, unreached)})
 
     def _check(self, layer: DecoderLayer) -> None:
         for matrix in matrices(layer):
@@ -82,7 +83,9 @@ class Sparsifying(Generic[S]):
         for parameter, statistics in summed.items():
             for number, statistic in enumerate(statistics):
                 places.setdefault(id(statistic), []).append((parameter, number))
+        unreached = 0
         for same in places.values():
+            unreached += 0 if summed[same[0][0]][same[0][1]].tokens else len(same)
             given = [maps[parameter][number] for parameter, number in same]
             made = self.sparse(given, summed[same[0][0]][same[0][1]])
             for (parameter, number), weight in zip(same, made, strict=True):
@@ -90,7 +93,8 @@ class Sparsifying(Generic[S]):
         weights: dict[str, Tensor] = {}
         for parameter, projection in projections.items():
             weights |= projection.stored(maps[parameter], None)
-        evidence = {"layer": layer.index, "zeros": {path: _share_of_zeros(value) for path, value in weights.items()}}
+        shares = {path: _share_of_zeros(value) for path, value in weights.items()}
+        evidence = {"layer": layer.index, "zeros": shares, "unreached": unreached}
         named: Mapping[str, Any] = layer.named(weights)
         return Decision(weights=named, evidence=evidence)
 
@@ -99,9 +103,12 @@ def _share_of_zeros(weight: Tensor) -> float:
     return 1 - weight.count_nonzero().item() / max(weight.numel(), 1)
 
 
-def _told(zeros: int, weights: int) -> str:
-    """What a person is to know of zeros."""
-    return f"{100 * zeros / max(weights, 1):.1f} % of {weights / 1e6:,.1f} M weights are zero; {SPARSE}"
+def _told(zeros: int, weights: int, unreached: int) -> str:
+    """What a person is to know of zeros, and of matrices that no token reached."""
+    told = f"{100 * zeros / max(weights, 1):.1f} % of {weights / 1e6:,.1f} M weights are zero; {SPARSE}"
+    if not unreached:
+        return told
+    return f"{told}; no token of the text reached {unreached:,} matrices of experts, whose zeros went by magnitude alone: more text tells more"
 
 
 def inverse_factor(gram: Float[Tensor, "in in"]) -> Float[Tensor, "in in"]:

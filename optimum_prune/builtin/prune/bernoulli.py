@@ -140,7 +140,8 @@ class Bernoulli(PrunePass):
                         possible[index] = axis.possible
             if not places:
                 raise RecipeError(
-                    f"bernoulli has a {what}, and no layer of this model has units that could go for it. Leave {what} out."
+                    f"bernoulli has a {what}, and no layer of this model has units that could go for it, those of experts not being among them. "
+                    f"Leave {what} out."
                 )
             units = sum(count for _, _, count in places)
             keep = max(units - round(units * ratio), len(places))

@@ -94,15 +94,13 @@ class ExpertPruner(PrunePass):
         wanted = self.keep if self.keep is not None else round(axis.units * (1 - (self.ratio or 0)))
         if wanted in axis.fewer:
             return wanted
-        asked = f"keep {self.keep}" if self.keep is not None else f"ratio {self.ratio}, which keeps {wanted}"
-        allowed = f"from {axis.fewer[0]} to {axis.fewer[-1]} may be" if axis.fewer else "all are needed"
-        step = (
-            ""
-            if len(axis.fewer) < 2 or axis.fewer[1] - axis.fewer[0] == 1
-            else f", by {axis.fewer[1] - axis.fewer[0]}"
-        )
+        few = axis.fewer
+        step = "" if len(few) < 2 or few[1] - few[0] == 1 else f", by {few[1] - few[0]}"
+        can = f"from {few[0]} to {few[-1]}{step} can be kept" if few else "none can be spared"
+        asked = "" if self.keep is not None else f", by its ratio {self.ratio:g}"
         raise RecipeError(
-            f"experts has {asked} of {axis.units} experts, of which {allowed}{step}, since a token goes through some of them. Choose another."
+            f"experts is to keep {wanted} of {axis.units} experts in each layer{asked}, and {can}, since each token goes through some of them. "
+            f"Ask for another number."
         )
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:

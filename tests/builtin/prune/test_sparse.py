@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -162,6 +163,18 @@ def test_what_no_token_reached_goes_by_magnitude(options):
     (wanted,) = Wanda(**options)._sparse([weight], _ones(32))
     assert torch.equal(found, wanted)
     assert 0.45 < (found == 0).float().mean() < 0.55
+
+
+@pytest.mark.parametrize("step", [Wanda(ratio=0.5), SparseGPT(ratio=0.5)], ids=["wanda", "sparsegpt"])
+@pytest.mark.parametrize("name", ["mixtral"])
+def test_experts_that_no_token_reached_are_told_of(name, step, decoder, plugins):
+    """Of one token again and again, all are routed to the same two of four experts."""
+    windows = tiny.windows(2)
+    alike = replace(windows, tokens=torch.full_like(windows.tokens, 7))
+    seen = pruned(step, copy.deepcopy(decoder), windows, plugins)
+    assert not any("no token of the text reached" in note for note in seen.notes)
+    (note,) = pruned(step, decoder, alike, plugins).notes
+    assert f"no token of the text reached {2 * 2 * tiny.LAYERS} matrices of experts" in note
 
 
 def _ones(features: int) -> SquaredNorms:
