@@ -20,8 +20,9 @@ from optimum_prune.builtin.prune.hidden import HiddenPruner
 from optimum_prune.builtin.prune.sheared import Sheared
 from optimum_prune.builtin.prune.sparsegpt import SparseGPT
 from optimum_prune.builtin.prune.wanda import Wanda
+from optimum_prune.builtin.recover.reconstruct import Reconstruct
 from optimum_prune.calibration.calibration import Calibration
-from optimum_prune.checkpoint import loading, opening
+from optimum_prune.checkpoint import loading, opening, saving
 from optimum_prune.errors import CheckpointError, RecipeError
 from optimum_prune.machine.activation_store import ActivationStore, MappedActivations
 from optimum_prune.machine.mapped_weights import MappedWeights
@@ -203,6 +204,20 @@ def test_weights_that_are_looked_at_to_choose_by_magnitude_are_given_back(cuts, 
     chosen_otherwise(Decoder.of(model, plugins.families), cuts, by_magnitude())
     in_memory = sum(resident(value) for value in model.model.layers.parameters())
     assert in_memory < 0.2 * sum(value.nbytes for value in model.model.layers.parameters())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="which pages are in memory is known on Linux only")
+def test_what_was_reconstructed_is_not_in_memory_when_that_is_done(wide, recipe, tmp_path, monkeypatch):
+    parts, save = [], saving.save
+
+    def look(model, *arguments):
+        weights = [value.data for value in model.model.layers.parameters() if value.ndim > 1]
+        parts.append(sum(map(resident, weights)) / sum(value.nbytes for value in weights))
+        return save(model, *arguments)
+
+    monkeypatch.setattr(saving, "save", look)
+    compress(recipe(wide, Depth(drop=(1,)), Reconstruct(steps=2), offload=True), tmp_path / "out")
+    assert parts[0] < 0.2
 
 
 @pytest.fixture(scope="module")
