@@ -77,6 +77,10 @@ class Gates(nn.Module):
         self.rows = tuple(rows)
         started = {row.key: _started(row, scores.get(row.key), apart) for row in rows}
         self.learned = nn.ParameterDict({key: nn.Parameter(logits) for key, logits in started.items()})
+        alike: dict[tuple[int, int, int], list[Row]] = {}
+        for row in self.rows:
+            alike.setdefault((row.groups, row.units, row.keep), []).append(row)
+        self._alike = list(alike.values())
         self._ramp, self._first = ramp, sharpness
         self._step, self._part = 0, 0.0
 
@@ -94,9 +98,14 @@ class Gates(nn.Module):
         """All gates, by the keys of their rows: while the model is trained, as drawn in this step, and else as they are cut."""
         if not self.training:
             return {row.key: stretched(self.logits(row)) * self.open(row) for row in self.rows}
-        generator = torch.Generator().manual_seed(self._step)
+        generator, found = torch.Generator().manual_seed(self._step), dict[str, Tensor]()
         share = min(1.0, self._part / self._ramp) if self._ramp else 1.0
-        return {row.key: drawn(self.logits(row, share, self.sharpness), generator) for row in self.rows}
+        chance = {row.key: torch.rand(row.groups, row.units, generator=generator) for row in self.rows}
+        for rows in self._alike:  # at once, since there is little to compute for each
+            learned = torch.stack([self.learned[row.key] for row in rows]) * self.sharpness
+            values = drawn(_shifted(learned, rows[0], share), torch.stack([chance[row.key] for row in rows]))
+            found |= {row.key: value for row, value in zip(rows, values.unbind(), strict=True)}
+        return found
 
     def open(self, row: Row) -> Bool[Tensor, "groups units"]:
         """The likeliest, as many as are to stay."""
@@ -105,14 +114,7 @@ class Gates(nn.Module):
 
     def logits(self, row: Row, share: float = 1.0, sharpness: float = SHARPEST) -> Float[Tensor, "groups units"]:
         """What is learned of the gates of a row, sharpened and shifted to a share of the way to the target, with gradients."""
-        learned = self.learned[row.key] * sharpness
-        wanted = row.units - share * (row.units - row.keep)
-        shift = _shift(learned.detach(), wanted)
-        open_now = likely(learned + shift)
-        slope = (open_now * (1 - open_now)).sum(1, keepdim=True).detach().clamp(min=1e-6)
-        lack = (wanted - open_now.sum(1, keepdim=True)) / slope  # about 0; its gradient is that of the shift
-        found: Tensor = learned + shift + lack - lack.detach()
-        return found
+        return _shifted(self.learned[row.key] * sharpness, row, share)
 
     @torch.no_grad()
     def expected(self, row: Row) -> Float[Tensor, " groups"]:
@@ -126,20 +128,31 @@ class Gates(nn.Module):
         return ((found > 0.1) & (found < 0.9)).float().mean().item()
 
 
-def _shift(learned: Float[Tensor, "groups units"], wanted: float) -> Float[Tensor, "groups 1"]:
+def _shifted(learned: Float[Tensor, "*rows units"], row: Row, share: float) -> Float[Tensor, "*rows units"]:
+    """What is learned of rows of one size, shifted to a share of the way to their target, with gradients."""
+    wanted = row.units - share * (row.units - row.keep)
+    shift = _shift(learned.detach(), wanted)
+    open_now = likely(learned + shift)
+    slope = (open_now * (1 - open_now)).sum(-1, keepdim=True).detach().clamp(min=1e-6)
+    lack = (wanted - open_now.sum(-1, keepdim=True)) / slope  # about 0; its gradient is that of the shift
+    found: Tensor = learned + shift + lack - lack.detach()
+    return found
+
+
+def _shift(learned: Float[Tensor, "*rows units"], wanted: float) -> Float[Tensor, "*rows 1"]:
     """By what to shift so that so many gates are open on average, or as nearly as that can be."""
-    bound = learned.abs().amax(1, keepdim=True) + FARTHEST
+    bound = learned.abs().amax(-1, keepdim=True) + FARTHEST
     low, high = -bound, bound
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        more = likely(learned + middle).sum(1, keepdim=True) < wanted
+        more = likely(learned + middle).sum(-1, keepdim=True) < wanted
         low, high = torch.where(more, middle, low), torch.where(more, high, middle)
     return (low + high) / 2
 
 
-def drawn(learned: Tensor, generator: torch.Generator) -> Tensor:
-    """Gates by chance, with gradients."""
-    uniform = torch.rand(learned.shape, generator=generator).clamp(1e-6, 1 - 1e-6).to(learned)
+def drawn(learned: Tensor, chance: Tensor) -> Tensor:
+    """Gates by numbers between 0 and 1, with gradients."""
+    uniform = chance.clamp(1e-6, 1 - 1e-6).to(learned)
     return stretched((uniform.logit() + learned) / TEMPERATURE)
 
 

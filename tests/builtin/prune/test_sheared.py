@@ -59,7 +59,7 @@ def test_as_many_gates_are_open_on_average_as_are_asked_for():
 
 def test_open_gates_are_as_frequent_as_they_are_likely():
     learned = torch.linspace(-4, 4, 9).repeat(20_000, 1)
-    values = drawn(learned, torch.Generator().manual_seed(0))
+    values = drawn(learned, torch.rand(learned.shape, generator=torch.Generator().manual_seed(0)))
     assert ((values >= 0) & (values <= 1)).all()
     assert_close((values > 0).float().mean(0), likely(learned)[0], atol=0.01, rtol=0)
     assert (values == 1).float().mean() > 0.1
