@@ -84,6 +84,11 @@ class TrainingPass(Pass):
         """Trackers too."""
         return {**self.requires, **{name: name for name in self.report_to}}
 
+    @property
+    def asks_dense(self) -> bool:
+        """Whether the dense model runs through the same text."""
+        return self.needs_teacher
+
     def tokens_wanted(self) -> int | None:
         """How many tokens are trained on; None where only the training shows."""
         if self.steps is not None:
@@ -122,7 +127,7 @@ class TrainingPass(Pass):
         tokens = self.tokens_wanted() or TOKENS
         at_once = max(1, self.micro_batch // work.length) * work.length
         few = work.on(at_once // work.length)
-        teacher = float(self.needs_teacher)
+        teacher = float(self.asks_dense)
         computed = few.run_all(shape.layers, tokens, 3 + teacher)
         predicted = losses_cost(few, tokens, at_once, 3 + teacher)
         kept = sum(few.run(layer, at_once).memory for layer in shape.layers)

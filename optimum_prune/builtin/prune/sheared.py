@@ -8,7 +8,7 @@ checkpoint of the target shape comes out.
 
 Ours differs in where it begins: with the model cut at once and refitted in closed form (`refit/first_cut.py`), and with gates in the order of
 how much their units seem to matter, so that a short training need not find out what is known; the shorter it is, the more seldom gates are
-drawn otherwise than they were cut. Hidden states are not refitted.
+drawn otherwise than they were cut. Hidden states are not refitted. And it learns from the predictions of the model as it was, beside the text.
 """
 
 from __future__ import annotations
@@ -77,12 +77,15 @@ class Sheared(TrainingPass, PrunePass):
         "Begin with the model cut at once and refitted, with gates in the order of how much their units seem to matter, or with all alike.",
         "refitted",
     )
+    alpha: float = option(
+        "How much the likelihood of the text counts; the dense model's predictions count for the rest.",
+        0.5,
+        at_least=0,
+        at_most=1,
+    )
     gate_rate: float = option("The learning rate of gates.", 0.1, above=0)
     ramp: float = option(
-        "The part of the training after which the target is reached; what is refitted begins there.",
-        0.2,
-        above=0,
-        at_most=1,
+        "When the target is reached, unless begun with: a part of the training.", 0.2, above=0, at_most=1
     )
 
     def __post_init__(self) -> None:
@@ -149,11 +152,16 @@ class Sheared(TrainingPass, PrunePass):
         new = target.parameters * work.itemsize
         return walks.followed_by(super().estimate(shape, work)).with_memory(new).followed_by(Cost(left=new))
 
+    @property
+    def asks_dense(self) -> bool:
+        return self.alpha < 1
+
     # Deciding
 
     def decide(self, decoder: Decoder, calibration: Calibration, lesson: Lesson | None = None) -> Iterator[Decision]:
         from optimum_prune.training.engine import train  # transformers' Trainer takes long to import
-        from optimum_prune.training.objectives import Likelihood
+        from optimum_prune.training.objectives import Imitation, Likelihood
+        from optimum_prune.training.predictions import Asked
 
         assert lesson is not None, "a pass that trains is given a lesson"
         if lesson.measures_references:
@@ -168,7 +176,8 @@ class Sheared(TrainingPass, PrunePass):
         chosen = {"apart": APART, "sharpness": _sharpness(schedule.steps)} if weights else {}
         gates = Gates(rows, scores, 0.0 if weights else self.ramp, **chosen)
         student = self._student(decoder, calibration, lesson, gates, weights)
-        found = dict(train(student, lesson, Likelihood(), schedule))
+        goal = Imitation(Asked(decoder.model.eval()), self.alpha) if self.asks_dense else Likelihood()
+        found = dict(train(student, lesson, goal, schedule))
         off = max(float((student.gates.expected(row) / row.keep - 1).abs().max()) for row in rows)
         evidence = {NOTE: found.pop(NOTE), "off_target": off, "undecided": student.gates.undecided(), "trained": found}
         cuts = student.cuts()
