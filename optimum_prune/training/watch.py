@@ -91,8 +91,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
             self._move_weights(step)
         self._advance(step, part)
         over = part >= 1 or bool(self._why)
-        due = interrupts.waiting() or time.monotonic() - self._saved > 60 * self._schedule.checkpoint_minutes
-        stops, saves = processes.broadcast_from_first(lambda: (over, due and not over))
+        due = not over and time.monotonic() - self._saved > 60 * self._schedule.checkpoint_minutes
+        stops, saves = processes.broadcast_from_first(lambda: (over, due or interrupts.waiting()))
         control.should_training_stop, control.should_save = stops, saves
 
     def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:

@@ -100,13 +100,16 @@ def test_a_run_that_was_killed_while_it_trained_goes_on(step, precompute, recipe
     assert sorted(each.name for each in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_a_training_that_is_stopped_ends_behind_the_step_at_hand_and_keeps_its_state(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", [0, 5, 11])
+def test_a_training_that_is_stopped_ends_behind_the_step_at_hand_and_keeps_its_state(
+    at, recipe, tmp_path, monkeypatch
+):
     wanted, steps, begun = recipe(DEPTH, Pretrain(**SHORT)), [], Student.begin
     whole = compress(wanted, tmp_path / "whole")
 
     def stop(self, step, part):
         steps.append(step)
-        if step == 5:
+        if step == at:
             signal.raise_signal(signal.SIGINT)
         return begun(self, step, part)
 
@@ -114,7 +117,7 @@ def test_a_training_that_is_stopped_ends_behind_the_step_at_hand_and_keeps_its_s
     kept = f"What was done so far is kept in {tmp_path / 'out'}.unfinished; the same command goes on from there."
     with interrupts.raised(), pytest.raises(KeyboardInterrupt, match=kept):
         compress(wanted, tmp_path / "out")
-    assert steps[-1] == 5
+    assert steps[-1] == at
     monkeypatch.setattr(Student, "begin", begun)
     with interrupts.raised():
         report = compress(wanted, tmp_path / "out")
