@@ -34,7 +34,7 @@ _defers = _waits = False
 _kept: Callable[[], str] = str
 """What is kept, in a sentence; empty if nothing is."""
 NOTHING = "nothing was written."
-WAITING = "Stopping after this step, whose state is kept; a second Ctrl-C stops at once."
+WAITING = "Stopping behind this step, whose state is kept; another Ctrl-C, some seconds later, stops at once."
 
 
 def end_at_once(program: str) -> None:
