@@ -36,6 +36,8 @@ JOURNAL, BEGUN = "journal", "begun.json"
 """In the folder: that of the journal, and in this, what it is of."""
 TRAINING = "training"
 """In the folder: a folder for each pass that trains, from which it goes on."""
+TRAINED = ("*/checkpoint-*/course.json", "*/predictions/*.safetensors")
+"""In that: states of a training, and what was computed for it beforehand."""
 CHECKPOINT = re.compile(r"\d+-[\w.-]+")
 """The names of checkpoints in the folder."""
 
@@ -255,7 +257,8 @@ class Unfinished:
 
     def _in_journal(self, mended: str = "") -> str:
         """That there is something in the journal, or of a training, in a sentence."""
-        if self._journal is None or not (len(self._journal) or any((self.folder / TRAINING).glob("*/*"))):
+        trained = (place for each in TRAINED for place in (self.folder / TRAINING).glob(each))
+        if self._journal is None or not (len(self._journal) or any(trained)):
             return ""
         return f"What was done so far is kept in {self.folder}; the same command{mended} goes on from there."
 

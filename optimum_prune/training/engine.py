@@ -159,16 +159,23 @@ class _Trainer(Trainer):  # type: ignore[misc]  # transformers declares no types
         return self._objective.loss(run, batch) * (len(batch.predicted) / part)
 
     def _save_checkpoint(self, *arguments: Any, **keywords: Any) -> None:
-        """Keeps a state, whole or not at all."""
+        """Keeps a state, whole or not at all, and only then removes the one before it."""
+        folder = self._watch.lesson.folder
+        place = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             super()._save_checkpoint(*arguments, **keywords)
+            processes.wait()
+            self._watch.write_state(place)
         except (RuntimeError, OSError, SafetensorError) as error:  # torch has no name for a disk that is full
-            place = self._watch.lesson.folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             shutil.rmtree(place, ignore_errors=True)
             raise OutputError(
-                f"The state of the training after step {self.state.global_step} cannot be kept in {place.parent}: {reason(error)} Make room "
+                f"The state of the training after step {self.state.global_step} cannot be kept in {folder}: {reason(error)} Make room "
                 f"there, or name an --output elsewhere."
             ) from error
+        if processes.first():
+            for older in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                if older != place:
+                    shutil.rmtree(older, ignore_errors=True)
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         place = Path(output_dir or self.args.output_dir)
@@ -192,7 +199,6 @@ def _arguments(schedule: Schedule, lesson: Lesson, device: torch.device) -> Trai
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
-        save_total_limit=1,
         report_to=list(schedule.report_to) or "none",
         run_name=lesson.title,
         project=PROJECT,

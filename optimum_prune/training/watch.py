@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from optimum_prune.errors import NumericalError
 from optimum_prune.evaluation.perplexity import TOKENS_PER_BATCH, perplexity
@@ -95,15 +94,17 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers declares no 
         stops, saves = processes.broadcast_from_first(lambda: (over, due or interrupts.waiting()))
         control.should_training_stop, control.should_save = stops, saves
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Adds to a kept state what its Trainer does not know; one that was told to stop ends with it."""
-        if processes.first():
-            place = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-            with whole(place / STATE) as partial:
-                partial.write_text(json.dumps(self._state()))
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """A state was kept: one that was told to stop ends with it."""
         self._saved = time.monotonic()
         if interrupts.waiting():
             raise KeyboardInterrupt
+
+    def write_state(self, place: Path) -> None:
+        """Adds to a kept state what its Trainer does not know; it is whole with that."""
+        if processes.first():
+            with whole(place / STATE) as partial:
+                partial.write_text(json.dumps(self._state()))
 
     # What it knows
 

@@ -125,6 +125,26 @@ def test_a_training_that_is_stopped_ends_behind_the_step_at_hand_and_keeps_its_s
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
 
 
+def test_the_state_before_goes_only_when_the_next_is_whole(recipe, tmp_path, monkeypatch):
+    wanted, write, steps = recipe(DEPTH, Pretrain(**SHORT, checkpoint_minutes=0)), Watch.write_state, []
+    whole = compress(wanted, tmp_path / "whole")
+
+    def die(self, place):
+        if place.name == "checkpoint-7":
+            raise KeyboardInterrupt
+        write(self, place)
+
+    monkeypatch.setattr(Watch, "write_state", die)
+    with pytest.raises(KeyboardInterrupt):
+        compress(wanted, tmp_path / "out")
+    monkeypatch.setattr(Watch, "write_state", write)
+    begun = Student.begin
+    monkeypatch.setattr(Student, "begin", lambda self, step, part: steps.append(step) or begun(self, step, part))
+    assert trained(compress(wanted, tmp_path / "out"))["losses"] == trained(whole)["losses"]
+    assert steps[0] == 6
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+
+
 def test_a_training_that_comes_first_keeps_its_state_too(recipe, tmp_path, monkeypatch):
     wanted, begun = recipe(Pretrain(**SHORT)), Student.begin
 
