@@ -60,6 +60,8 @@ class Pass(ABC):
     """Whether it can read what a QUANTIZE pass wrote whose weights unpack."""
     needs_teacher: ClassVar[bool] = False
     """Whether it looks at the dense model."""
+    compares_hidden: ClassVar[bool] = False
+    """Whether it compares hidden states with those of the dense model, which must have as many features."""
     sparsifies: ClassVar[bool] = False
     """Whether it leaves zeros in the weights, and every shape as it is."""
     trains: ClassVar[bool] = False

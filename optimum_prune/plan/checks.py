@@ -31,6 +31,12 @@ def foresee(steps: Iterable[Pass], shape: Shape) -> tuple[Shape, ...]:
     """
     shapes = [shape]
     for step in steps:
+        dense, left = (each.rest.units("hidden") for each in (shape, shapes[-1]))
+        if step.compares_hidden and left != dense:
+            raise RecipeError(
+                f"'{step.name}' compares hidden states with those of the dense model, which have {dense} features, and those of the model in front "
+                f"of it will have {left}. Recover it by predictions alone: distill, without 'hidden'."
+            )
         shapes.append(foreseen(step, shapes[-1]))
     return tuple(shapes)
 

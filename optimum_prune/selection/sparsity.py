@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from optimum_prune.anatomy.shape import Shape
 
-MASS_FROM, MASS_TO, CLOSE = 0.0, 0.8, 1e-3
+MASS_FROM, MASS_TO, CLOSE = 0.0, 1.0, 1e-3
 """Between which shares of a row's scores the one is looked for that makes a matrix as sparse as wanted, and how nearly."""
 
 
@@ -74,6 +74,19 @@ class Sparsity:
         if self.of and size % self.of:
             raise RecipeError(
                 f"{step} has the pattern {self.stay}:{self.of}, and the {what}, {size}, is no multiple of {self.of}. Give a ratio instead."
+            )
+
+    def check_rows(self, step: str, shape: Shape) -> None:
+        """Refuses a ratio by which no row loses a weight.
+
+        Raises:
+            RecipeError: naming the longest row.
+        """
+        longest = max(max(layer.units("hidden"), *map(layer.width, layer.blocks)) for layer in shape.layers)
+        if int(longest * self.ratio) == 0:
+            raise RecipeError(
+                f"{step} has ratio {self.ratio:g}, by which no row of a matrix would lose one of its weights, of which there are {longest} at most. "
+                f"Ask for more."
             )
 
     def lowest(self, scores: Float[Tensor, "out in"]) -> Bool[Tensor, "out in"]:

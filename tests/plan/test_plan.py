@@ -9,6 +9,11 @@ from folder_passes import Archive, Halve
 from transformers import AutoConfig
 
 from optimum_prune import Depth, Osscar, Pruner, Recipe, Settings, Text, compress
+from optimum_prune.builtin.prune.hidden import HiddenPruner
+from optimum_prune.builtin.prune.sheared import Sheared
+from optimum_prune.builtin.prune.wanda import Wanda
+from optimum_prune.builtin.recover.distill import Distill
+from optimum_prune.builtin.recover.reconstruct import Reconstruct
 from optimum_prune.errors import OutputError, RecipeError
 from optimum_prune.machine.progress import Progress
 from optimum_prune.plan.plan import make_plan
@@ -66,6 +71,15 @@ def test_given_windows_are_the_windows(recipe, planned):
     [
         ((Depth(layers=6),), {}, "6 layers of 6"),
         ((Halve(group_size=24),), {}, "hidden size of the model will be 32"),
+        (
+            (HiddenPruner(size=24), Reconstruct()),
+            {},
+            "'reconstruct' compares hidden states with those of the dense model, which have 32 features, .* will have 24",
+        ),
+        ((Sheared(hidden_size=24), Distill(hidden=0.5)), {}, "'distill' compares hidden states"),
+        ((HiddenPruner(ratio=0.99),), {}, "hidden has ratio 0.99, and of 32 features from 4 to 28 can be kept"),
+        ((HiddenPruner(params=0.9999),), {}, "hidden has params 0.9999, and of 32 features from 4 to 28 can be kept"),
+        ((Wanda(ratio=0.001),), {}, "ratio 0.001, by which no row of a matrix would lose one of its weights"),
         (
             (Depth(layers=1),),
             {"length": 1000},

@@ -133,7 +133,7 @@ class Bernoulli(PrunePass):
                     group = self._group(block, axis)
                     if axis.units % group:
                         raise RecipeError(
-                            f"bernoulli has groups of {group}, and a layer has {axis.units} {axis.units_are}. Set multiple_of."
+                            f"bernoulli has groups of {group}, and a layer has {axis.units} {axis.units_are}. Give a multiple_of that divides these."
                         )
                     places.append((index, axis.name, axis.units // group))
                     if group == 1 and axis.possible is not None:

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from optimum_prune.anatomy.axis import Axis
@@ -85,12 +86,27 @@ class HiddenPruner(PrunePass):
         if self.size is not None:
             check_size(self.name, "size", self.size, axis)
             return self.size
+        goal = self._goal(axis, shape)
+        every = {count: self._measure(count, shape) for count in (*sizes, axis.units)}
+        found = min(sizes, key=lambda count: abs(every[count] - goal))
+        gap = max(later - before for before, later in pairwise(sorted(every.values())))
+        if abs(every[found] - goal) > gap / 2:
+            asked = f"ratio {self.ratio:g}" if self.ratio is not None else f"params {self.params:g}"
+            raise RecipeError(
+                f"hidden has {asked}, and of {axis.units} features from {sizes[0]} to {sizes[-1]} can be kept. Choose another, or another pass."
+            )
+        return found
+
+    def _goal(self, axis: AxisShape, shape: Shape) -> float:
+        """How many features, or parameters, are to be left."""
         if self.ratio is not None:
-            wanted = axis.units * (1 - self.ratio)
-            return min(sizes, key=lambda count: abs(count - wanted))
+            return axis.units * (1 - self.ratio)
         assert self.params is not None
-        goal = self.params * shape.parameters
-        return min(sizes, key=lambda count: abs(shape.narrowed({"hidden": count}).parameters - goal))
+        return self.params * shape.parameters
+
+    def _measure(self, count: int, shape: Shape) -> float:
+        """What so many features come to, in the same unit."""
+        return count if self.ratio is not None else shape.narrowed({"hidden": count}).parameters
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         again = [work.run(layer, work.tokens, RUNS if self.refit else 5) for layer in shape.layers]

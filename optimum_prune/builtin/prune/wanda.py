@@ -65,6 +65,8 @@ class Wanda(PrunePass):
     def foresee(self, shape: Shape) -> Shape:
         check_protected(self.name, self.protect, shape)
         self._sparsity.check(self.name, shape)
+        if self.share == "count":
+            self._sparsity.check_rows(self.name, shape)
         return shape
 
     def remark(self, _: Shape) -> str:

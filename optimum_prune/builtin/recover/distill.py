@@ -42,6 +42,11 @@ class Distill(ImitatingPass):
                 f"states. Leave out 'hidden', or 'precompute'."
             )
 
+    @property
+    def compares_hidden(self) -> bool:  # type: ignore[override]
+        """Whether hidden states count."""
+        return self.hidden > 0
+
     def precomputes(self, schedule: Schedule, lesson: Lesson) -> bool:
         return not self.hidden and super().precomputes(schedule, lesson)
 

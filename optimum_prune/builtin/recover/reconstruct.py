@@ -45,6 +45,7 @@ class Reconstruct(RecoverPass):
     """Trains each block of each layer alone, towards what the dense model computes there."""
 
     name: ClassVar[str] = "reconstruct"
+    compares_hidden: ClassVar[bool] = True
     steps: int = option("Steps of AdamW for each block.", 100, at_least=1)
     tokens: int = option("Tokens of a step; at least one window is taken.", 1024, at_least=1)
     learning_rate: float | None = option(

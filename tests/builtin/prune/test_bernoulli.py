@@ -179,7 +179,11 @@ def test_windows_of_a_step_are_parts_of_those_there_are():
 @pytest.mark.parametrize(
     ("name", "options", "why"),
     [
-        ("llama", {"ratio": 0.5, "multiple_of": 7}, "groups of 7"),
+        (
+            "llama",
+            {"ratio": 0.5, "multiple_of": 7},
+            "groups of 7, and a layer has 64 channels of the FFN. Give a multiple_of that divides these",
+        ),
         ("llama", {"layers": tiny.LAYERS}, "Leave at least one in"),
         ("llama", {"ratio": 0.5, "multiple_of": tiny.WIDTH}, "by which none of 6 units or groups of them would go"),
         ("llama", {"head_ratio": 0.01}, "by which none of 12 units"),

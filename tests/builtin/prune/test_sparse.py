@@ -183,6 +183,12 @@ def _ones(features: int) -> SquaredNorms:
     return norms
 
 
+def test_by_mass_as_many_go_as_are_asked_for_up_to_nearly_all():
+    scores = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).abs()
+    for ratio in (0.02, 0.9, 0.97, 0.99):
+        assert Sparsity(ratio).lowest_by_mass(scores).float().mean().item() == pytest.approx(ratio, abs=3e-3)
+
+
 def test_by_mass_rows_whose_scores_are_alike_lose_fewer():
     torch.manual_seed(0)
     scores = torch.rand(64, 256) ** torch.linspace(0.1, 8, 64)[:, None]
