@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from optimum_prune.options import check_options
 
 if TYPE_CHECKING:
+    from optimum_prune.anatomy.decoder import Decoder
     from optimum_prune.anatomy.shape import Shape
     from optimum_prune.anatomy.workload import Cost, Workload
 
@@ -95,6 +96,13 @@ class Pass(ABC):
             RecipeError: the options ask for more than a model of this shape has.
         """
         return shape
+
+    def look_at(self, model: Decoder) -> None:  # noqa: B027 - most have nothing to look for
+        """Looks at the model as it is before the recipe, whose weights hold nothing, before anything runs.
+
+        Raises:
+            RecipeError: the options name what it has not.
+        """
 
     def estimate(self, shape: Shape, work: Workload) -> Cost | None:  # noqa: ARG002 - whoever can say needs them
         """What it will take of a model of this shape, for `compress plan`; reads no weight.

@@ -20,6 +20,7 @@ from optimum_prune.text.windows import Texts
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from optimum_prune.anatomy.decoder import Decoder
     from optimum_prune.recipe import Recipe
 
 
@@ -39,6 +40,17 @@ def foresee(steps: Iterable[Pass], shape: Shape) -> tuple[Shape, ...]:
             )
         shapes.append(foreseen(step, shapes[-1]))
     return tuple(shapes)
+
+
+def look_at(steps: Iterable[Pass], model: Decoder) -> None:
+    """Lets passes look at the model, whose weights hold nothing.
+
+    Raises:
+        RecipeError: one asks for what it has not.
+    """
+    for step in steps:
+        with guarded(f"The pass '{step.name}'"):
+            step.look_at(model)
 
 
 def foreseen(step: Pass, shape: Shape) -> Shape:

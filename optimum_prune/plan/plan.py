@@ -18,7 +18,7 @@ from optimum_prune.checkpoint.opening import length_limit, meta_model
 from optimum_prune.hooks.plugins import Plugins
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.checkpoint_spec import CheckpointSpec
-from optimum_prune.plan.checks import check_conversions, foresee
+from optimum_prune.plan.checks import check_conversions, foresee, look_at
 from optimum_prune.plan.source import ModelSource, device_of
 from optimum_prune.recipe import Recipe
 from optimum_prune.text.text import Wanted, window_counts
@@ -101,8 +101,9 @@ def make_plan(recipe: Recipe, plugins: Plugins, source: ModelSource, texts: Text
         OptimumPruneError: whatever would make the run fail that can be known beforehand.
     """
     family = find_family(source.config, plugins.families)
-    model = meta_model(source.config, recipe.settings.trust_remote_code)
-    shapes = foresee(recipe.passes, Decoder(model, family).shape())
+    model = Decoder(meta_model(source.config, recipe.settings.trust_remote_code), family)
+    look_at(recipe.in_memory, model)
+    shapes = foresee(recipe.passes, model.shape())
     check_conversions(recipe.conversions, CheckpointSpec(source.config, family, shapes[-1]))
     calibration, evaluation = _windows(recipe, texts, length_limit(family.text_config(source.config)))
     return Plan(

@@ -72,6 +72,10 @@ class Lora(ImitatingPass):
         """The adapters."""
         return _Adapted(decoder, self, lesson)
 
+    def look_at(self, model: Decoder) -> None:
+        """Refuses names of linear layers that there are not, and adapters that experts cannot have."""
+        _adapted(model, self)
+
     def remark(self, _: Shape) -> str:
         """Nothing: adapters are small."""
         return ""

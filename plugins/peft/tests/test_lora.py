@@ -246,6 +246,16 @@ def test_what_adapters_cannot_be_is_said(options, name, zeros, why, tmp_path):
     assert why in refused(Lora(**SHORT, loss="pretrain", **options), name, tmp_path, zeros)
 
 
+@pytest.mark.parametrize(
+    ("options", "name", "why"),
+    [({"target_modules": ("query",)}, "llama", "called 'query'"), ({"lora_dropout": 0.1}, "mixtral", "lora_dropout")],
+)
+def test_that_is_said_before_anything_runs(options, name, why, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("optimum_prune.checkpoint.loading.load", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(RecipeError, match=why):
+        compress(recipe(DEPTH, Lora(**SHORT, **options), name=name), tmp_path / "out")
+
+
 @pytest.mark.parametrize("options", [{"r": 0}, {"lora_alpha": 0}, {"lora_dropout": 1.0}, {"loss": "both"}])
 def test_values_that_no_option_has_are_refused(options):
     with pytest.raises(RecipeError):
