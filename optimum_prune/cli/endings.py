@@ -48,7 +48,7 @@ class Ending:
             traceback.print_exception(error)
         if _interrupted(error):
             kept = str(error) if isinstance(error, KeyboardInterrupt) else ""
-            print(f"{self.program}: interrupted; {printable(kept) or 'nothing was written.'}", file=sys.stderr)
+            print(f"{self.program}: interrupted; {printable(kept) or interrupts.NOTHING}", file=sys.stderr)
             return interrupts.CODE
         print(f"{self.program}: error: {self._sentence(error)}", file=sys.stderr)
         return FAILED

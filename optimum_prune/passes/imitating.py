@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from optimum_prune.options import option
 from optimum_prune.passes.trained import TrainedPass
 from optimum_prune.passes.training import TOKENS
+from optimum_prune.training.lesson import PREDICTIONS
 from optimum_prune.training.objectives import Imitation
 from optimum_prune.training.predictions import Asked, Place, Precomputed
 
@@ -48,7 +49,7 @@ class ImitatingPass(TrainedPass):
         """The divergence of the dense model's predictions from the pruned model's."""
         if not self.precomputes(schedule, lesson):
             return Imitation(Asked(recovery.teacher.model.eval()), self.alpha, self.temperature)
-        kept = Precomputed(lesson.folder / "predictions", self.top, self.temperature)
+        kept = Precomputed(lesson.folder / PREDICTIONS, self.top, self.temperature)
         kept.compute(lambda: recovery.teacher.model.eval(), lesson, _places(lesson, schedule), schedule.at_once)
         recovery.let_teacher_go()
         return Imitation(kept, self.alpha, self.temperature)

@@ -29,6 +29,7 @@ from optimum_prune.run.hidden import discard
 from optimum_prune.run.journal import Journal
 from optimum_prune.run.known import as_kept, known_in, unfinished_folder, write_known
 from optimum_prune.run.ownership import check_unfinished
+from optimum_prune.training.lesson import anything_kept
 
 STATE = "state.json"
 """In the folder: what its checkpoint is."""
@@ -36,8 +37,6 @@ JOURNAL, BEGUN = "journal", "begun.json"
 """In the folder: that of the journal, and in this, what it is of."""
 TRAINING = "training"
 """In the folder: a folder for each pass that trains, from which it goes on."""
-TRAINED = ("*/checkpoint-*/course.json", "*/predictions/*.safetensors")
-"""In that: states of a training, and what was computed for it beforehand."""
 CHECKPOINT = re.compile(r"\d+-[\w.-]+")
 """The names of checkpoints in the folder."""
 
@@ -257,8 +256,8 @@ class Unfinished:
 
     def _in_journal(self, mended: str = "") -> str:
         """That there is something in the journal, or of a training, in a sentence."""
-        trained = (place for each in TRAINED for place in (self.folder / TRAINING).glob(each))
-        if self._journal is None or not (len(self._journal) or any(trained)):
+        trainings = (self.folder / TRAINING).glob("*")
+        if self._journal is None or not (len(self._journal) or any(map(anything_kept, trainings))):
             return ""
         return f"What was done so far is kept in {self.folder}; the same command{mended} goes on from there."
 

@@ -21,11 +21,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from optimum_prune.errors import OutputError, reason
 from optimum_prune.machine import interrupts, processes, tensor_files
-from optimum_prune.training.lesson import Lesson, Objective, TrainingBatch
+from optimum_prune.training.lesson import STATE, Lesson, Objective, TrainingBatch
 from optimum_prune.training.schedule import Schedule
 from optimum_prune.training.student import Student
 from optimum_prune.training.trackers import PROJECT, written_to
-from optimum_prune.training.watch import STATE, Watch
+from optimum_prune.training.watch import Watch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

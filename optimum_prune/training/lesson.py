@@ -46,6 +46,10 @@ class TrainingBatch:
         return found
 
 
+STATE = "course.json"
+"""In each state of a training that is kept, what its Trainer does not know; written last."""
+PREDICTIONS = "predictions"
+"""The folder of what was computed of the dense model's predictions beforehand."""
 Run = Callable[..., Any]
 """Runs a model on a batch, and gives what it puts out; keywords are handed on to the model."""
 
@@ -126,6 +130,11 @@ class Lesson:
         counted = torch.stack([windows.predicted[number] for windows, number in chosen])
         counted[:, 0] = False
         return TrainingBatch(tokens.long().to(device), counted.to(device), tuple(places))
+
+
+def anything_kept(folder: Path) -> bool:
+    """Whether there is something in the folder of a training that it goes on from: a whole state, or predictions."""
+    return any(folder.glob(f"*/{STATE}")) or any(folder.glob(f"{PREDICTIONS}/*.safetensors"))
 
 
 def let_go(lesson: Lesson | None) -> None:

@@ -18,12 +18,10 @@ from optimum_prune.machine.progress import Progress
 from optimum_prune.machine.whole_files import whole
 from optimum_prune.surgery.cuts import NOTE
 from optimum_prune.text.windows import Windows
-from optimum_prune.training.lesson import Lesson
+from optimum_prune.training.lesson import STATE, Lesson
 from optimum_prune.training.schedule import Course, Schedule
 from optimum_prune.training.student import Student
 
-STATE = "course.json"
-"""In each state of a training that is kept, what its Trainer does not know; written last."""
 SHARED = 1e-4
 """Of the weights of domains, as in Sheared LLaMA."""
 POINTS = 200
