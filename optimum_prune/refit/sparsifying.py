@@ -85,9 +85,11 @@ class Sparsifying(Generic[S]):
                 places.setdefault(id(statistic), []).append((parameter, number))
         unreached = 0
         for same in places.values():
-            unreached += 0 if summed[same[0][0]][same[0][1]].tokens else len(same)
+            parameter, number = same[0]
+            statistic = summed[parameter][number]
+            unreached += 0 if statistic.tokens else len(same)
             given = [maps[parameter][number] for parameter, number in same]
-            made = self.sparse(given, summed[same[0][0]][same[0][1]])
+            made = self.sparse(given, statistic)
             for (parameter, number), weight in zip(same, made, strict=True):
                 maps[parameter][number] = weight.to(given[0].device, given[0].dtype)
         weights: dict[str, Tensor] = {}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
     from torch import Tensor
 
-    from optimum_prune.anatomy.shape import Shape
+    from optimum_prune.anatomy.shape import LayerShape, Shape
 
 MASS_FROM, MASS_TO, CLOSE = 0.0, 1.0, 1e-3
 """Between which shares of a row's scores the one is looked for that makes a matrix as sparse as wanted, and how nearly."""
@@ -61,8 +61,7 @@ class Sparsity:
         if not self.of:
             return
         for layer in shape.layers:
-            sizes = {f"width of the {block} block": layer.width(block) for block in layer.blocks}
-            for what, size in {**sizes, "hidden size": layer.units("hidden")}.items():
+            for what, size in _row_lengths(layer).items():
                 self.check_size(step, what.replace("_", "-"), size)
 
     def check_size(self, step: str, what: str, size: int) -> None:
@@ -82,7 +81,7 @@ class Sparsity:
         Raises:
             RecipeError: naming the longest row.
         """
-        longest = max(max(layer.units("hidden"), *map(layer.width, layer.blocks)) for layer in shape.layers)
+        longest = max(max(_row_lengths(layer).values()) for layer in shape.layers)
         if int(longest * self.ratio) == 0:
             raise RecipeError(
                 f"{step} has ratio {self.ratio:g}, by which no row of a matrix would lose one of its weights, of which there are {longest} at most. "
@@ -117,6 +116,12 @@ class Sparsity:
             share = (low + high) / 2
             gone = mass <= share * mass[:, -1:]
         return torch.zeros_like(gone).scatter_(1, order, gone)
+
+
+def _row_lengths(layer: LayerShape) -> dict[str, int]:
+    """How many inputs the matrices of a layer have, by what these are."""
+    widths = {f"width of the {block} block": layer.width(block) for block in layer.blocks}
+    return {**widths, "hidden size": layer.units("hidden")}
 
 
 def lowest_of_rows(scores: Float[Tensor, "... n"], counts: int | Int[Tensor, "... 1"]) -> Bool[Tensor, "... n"]:

@@ -86,27 +86,21 @@ class HiddenPruner(PrunePass):
         if self.size is not None:
             check_size(self.name, "size", self.size, axis)
             return self.size
-        goal = self._goal(axis, shape)
-        every = {count: self._measure(count, shape) for count in (*sizes, axis.units)}
-        found = min(sizes, key=lambda count: abs(every[count] - goal))
-        gap = max(later - before for before, later in pairwise(sorted(every.values())))
-        if abs(every[found] - goal) > gap / 2:
-            asked = f"ratio {self.ratio:g}" if self.ratio is not None else f"params {self.params:g}"
+        if self.ratio is not None:
+            asked, share = f"ratio {self.ratio:g}", 1 - self.ratio
+            measured = {count: count for count in (*sizes, axis.units)}
+        else:
+            assert self.params is not None
+            asked, share = f"params {self.params:g}", self.params
+            measured = {count: shape.narrowed({"hidden": count}).parameters for count in (*sizes, axis.units)}
+        goal = share * measured[axis.units]
+        found = min(sizes, key=lambda count: abs(measured[count] - goal))
+        gap = max(later - before for before, later in pairwise(sorted(measured.values())))
+        if abs(measured[found] - goal) > gap / 2:
             raise RecipeError(
                 f"hidden has {asked}, and of {axis.units} features from {sizes[0]} to {sizes[-1]} can be kept. Choose another, or another pass."
             )
         return found
-
-    def _goal(self, axis: AxisShape, shape: Shape) -> float:
-        """How many features, or parameters, are to be left."""
-        if self.ratio is not None:
-            return axis.units * (1 - self.ratio)
-        assert self.params is not None
-        return self.params * shape.parameters
-
-    def _measure(self, count: int, shape: Shape) -> float:
-        """What so many features come to, in the same unit."""
-        return count if self.ratio is not None else shape.narrowed({"hidden": count}).parameters
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         again = [work.run(layer, work.tokens, RUNS if self.refit else 5) for layer in shape.layers]
