@@ -29,6 +29,7 @@ from optimum_prune import (
     open_in_transformers,
     option,
 )
+from optimum_prune.checkpoint.opening import length_limit
 from optimum_prune.errors import PassError, RecipeError
 
 if TYPE_CHECKING:
@@ -200,7 +201,7 @@ def _bytes(model: nn.Module) -> int:
 def _tokens_per_second(model: PreTrainedModel) -> float:
     """Of forward passes over windows of any tokens, the first of which is not counted."""
     windows, length = TIMED
-    length = min(length, getattr(model.config.get_text_config(), "max_position_embeddings", length))
+    length = min(length, length_limit(model.config.get_text_config()))
     tokens = (
         torch.arange(windows * length, device=model.device).view(windows, length)
         % model.get_input_embeddings().weight.shape[0]
