@@ -12,7 +12,7 @@ W and inv follow. Everything is float64, and every factor a Cholesky factor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,13 +59,25 @@ def eliminate(
     step: int = 1,
     swaps: int = 0,
 ) -> Elimination:
-    """Greedy backward elimination of input channels down to `keep`, then swaps, then the exact refit.
+    """Greedy backward elimination of input channels down to `keep`, then swaps, then the exact refit; see `eliminations`."""
+    (found,) = eliminations(gram, weight, (keep,), step, swaps)
+    return found
+
+
+def eliminations(
+    gram: Float[Tensor, "in in"] | Callable[[], Float[Tensor, "in in"]],
+    weight: Float[Tensor, "out in"],
+    sizes: Sequence[int],
+    step: int = 1,
+    swaps: int = 0,
+) -> list[Elimination]:
+    """Greedy backward elimination of input channels, and at each of some sizes that it comes by, swaps and the exact refit.
 
     Args:
         gram: H above, symmetric positive definite; or a function that makes it, in float64 and to be overwritten: it is asked
-            again for the refit, so that no more than two such matrices are held at a time.
+            again for each refit, so that no more than two such matrices are held at a time.
         weight: B' above, the dense weights.
-        keep: how many channels stay, 1 to all.
+        sizes: how many channels stay, 1 to all, from many to few.
         step: how many channels go before the rest are ranked anew: 1 is the exact greedy, all of them a one-shot ranking.
         swaps: how many pairs of a kept and a removed channel may at most change places, each lowering the loss.
 
@@ -78,8 +90,19 @@ def eliminate(
         raise LinAlgError("The gram or the weights are not finite.")
     factor = cholesky(inverse)
     torch.cholesky_inverse(factor, out=factor)
-    kept = _survivors(inverse, weight, keep, step)
+    survivors = list(_survivors(inverse, weight, sizes, step))
     del factor, inverse
+    return [_on_survivors(gram, weight, kept, swaps, everything) for kept in survivors]
+
+
+def _on_survivors(
+    gram: Tensor | Callable[[], Tensor], weight: Float[Tensor, "out in"], kept: Tensor, swaps: int, everything: float
+) -> Elimination:
+    """The refitted weights on what an elimination left, or on what is better once some of it has changed places.
+
+    Args:
+        everything: the loss of removing everything.
+    """
     refitted, loss = refit_cheaply(gram, weight, kept)
     if swaps:
         other = swapped(made(gram), weight.double().T, kept, swaps)
@@ -106,10 +129,21 @@ def refit_on(
 def eliminate_groups(
     gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], keep: int, size: int
 ) -> Elimination:
+    """The same as `eliminate` for groups of `size` inputs that lie side by side; see `group_eliminations`."""
+    (found,) = group_eliminations(gram, weight, (keep,), size)
+    return found
+
+
+def group_eliminations(
+    gram: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], sizes: Sequence[int], size: int
+) -> list[Elimination]:
     """The same for groups of `size` inputs that lie side by side, such as the features of a head; one group at a time.
 
+    Args:
+        sizes: how many groups stay, from many to few.
+
     Returns:
-        `kept` holds the indices of the `keep` kept groups.
+        `kept` of each holds the indices of the kept groups.
 
     Raises:
         torch.linalg.LinAlgError: the gram is not positive definite, or not finite.
@@ -117,46 +151,53 @@ def eliminate_groups(
     gram, dense = gram.double(), weight.double().T
     everything = 0.5 * (dense * (gram @ dense)).sum().item()
     inverse, weights = torch.cholesky_inverse(torch.linalg.cholesky(gram)), dense.clone()
-    alive = list(range(len(gram) // size))
-    while len(alive) > keep:
-        groups = torch.arange(len(gram), device=gram.device).view(-1, size)[alive]
-        blocks = inverse[groups[:, :, None], groups[:, None, :]]
-        cost = (weights[groups] * torch.linalg.solve(blocks, weights[groups])).sum((1, 2))
-        gone = groups[int(cost.argmin())]
-        pull = torch.linalg.solve(inverse[gone][:, gone], inverse[gone]).T
-        weights -= pull @ weights[gone]
-        inverse -= pull @ inverse[gone]
-        del alive[int(cost.argmin())]
-    inputs = torch.arange(len(gram), device=gram.device).view(-1, size)[alive].flatten()
-    refitted, loss = refit_cheaply(gram, weight, inputs)
-    return Elimination(tuple(alive), refitted.T, loss, loss / everything if everything else 0.0)
+    alive, found = list(range(len(gram) // size)), []
+    for keep in sizes:
+        while len(alive) > keep:
+            groups = torch.arange(len(gram), device=gram.device).view(-1, size)[alive]
+            blocks = inverse[groups[:, :, None], groups[:, None, :]]
+            cost = (weights[groups] * torch.linalg.solve(blocks, weights[groups])).sum((1, 2))
+            gone = groups[int(cost.argmin())]
+            pull = torch.linalg.solve(inverse[gone][:, gone], inverse[gone]).T
+            weights -= pull @ weights[gone]
+            inverse -= pull @ inverse[gone]
+            del alive[int(cost.argmin())]
+        inputs = torch.arange(len(gram), device=gram.device).view(-1, size)[alive].flatten()
+        refitted, loss = refit_cheaply(gram, weight, inputs)
+        found.append(Elimination(tuple(alive), refitted.T, loss, loss / everything if everything else 0.0))
+    return found
 
 
-def _survivors(inverse: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], keep: int, step: int) -> Tensor:
-    """Indices of the channels that greedy elimination leaves, ascending.
+def _survivors(
+    inverse: Float[Tensor, "in in"], weight: Float[Tensor, "out in"], sizes: Sequence[int], step: int
+) -> Iterator[Tensor]:
+    """Indices of the channels that greedy elimination leaves at each size, ascending.
 
     Args:
         inverse: inverse of the gram, which is overwritten.
     """
-    if step >= len(inverse) - keep:
+    sizes = list(sizes)
+    if step >= len(inverse) - sizes[-1]:
         cost = _squared_norms(weight) / inverse.diagonal()
-        return cost.topk(keep).indices.sort().values
+        yield from (cost.topk(keep).indices.sort().values for keep in sizes)
+        return
     weights = weight.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
     indices = torch.arange(len(inverse), device=inverse.device)
     alive = torch.ones_like(indices, dtype=torch.bool)
     left = len(indices)
-    while left > keep:
-        pending = min(max(PENDING // step, 1) * step, left - keep)  # whole steps
-        u, v = _eliminate_some(inverse, weights, alive, pending, step)
-        left -= pending
-        if left == keep:
-            break
-        inverse.addmm_(u.T, u, alpha=-1)
-        weights.addmm_(v.T, u, alpha=-1)
-        if left < SHRINK * len(alive):
-            inverse, weights = packed(inverse, alive, alive), packed(weights, None, alive)
-            indices, alive = indices[alive], alive[alive]
-    return indices[alive]
+    for keep in sizes:
+        while left > keep:
+            pending = min(max(PENDING // step, 1) * step, left - keep)  # whole steps
+            u, v = _eliminate_some(inverse, weights, alive, pending, step)
+            left -= pending
+            if left == sizes[-1]:
+                break
+            inverse.addmm_(u.T, u, alpha=-1)
+            weights.addmm_(v.T, u, alpha=-1)
+            if left < SHRINK * len(alive):
+                inverse, weights = packed(inverse, alive, alive), packed(weights, None, alive)
+                indices, alive = indices[alive], alive[alive]
+        yield indices[alive]
 
 
 def _squared_norms(weights: Float[Tensor, "out n"]) -> Float[Tensor, " n"]:

@@ -12,7 +12,7 @@ from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, AxisShape, LayerShape
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.statistics import Gram, gram_cost, gram_memory
 from optimum_prune.calibration.visit import LayerVisit, observed_memory
-from optimum_prune.refit.elimination import Elimination, eliminate, eliminate_groups, elimination_cost, refit_on
+from optimum_prune.refit.elimination import Elimination, elimination_cost, eliminations, group_eliminations, refit_on
 from optimum_prune.refit.reconstruction import ProjectionTarget, fitting_cost, moved, named
 from optimum_prune.surgery.cuts import Cuts, Decision
 
@@ -41,21 +41,19 @@ class Narrowing:
         """How each of some numbers of units of an axis would be reached.
 
         Args:
+            sizes: from many to few.
             reference: the dense model's visit of the layer, already left, to move the layer's output towards.
         """
         axis = visit.layer.axes[name]
         followers = visit.layer.followers(axis)
         grams, *of_followers = visit.grams(axis, *followers)
         targets = self._targets(visit, axis, grams, reference)
-        decided = []
-        for size in sizes:
-            decision = self._decide(visit, axis, grams, targets, partial(self._eliminated, axis, size))
-            for follower, its_grams in zip(followers, of_followers, strict=True):
-                its_targets = self._targets(visit, follower, its_grams, None)
-                choose = partial(self._eliminated, follower, size * follower.times)
-                other = self._decide(visit, follower, its_grams, its_targets, choose)
-                decision = _joined(decision, other, follower)
-            decided.append(decision)
+        decided = self._decide(visit, axis, grams, targets, partial(self._eliminated, axis, sizes))
+        for follower, its_grams in zip(followers, of_followers, strict=True):
+            its_targets = self._targets(visit, follower, its_grams, None)
+            choose = partial(self._eliminated, follower, [size * follower.times for size in sizes])
+            others = self._decide(visit, follower, its_grams, its_targets, choose)
+            decided = [_joined(*pair, follower) for pair in zip(decided, others, strict=True)]
         return decided
 
     def keeping(self, visit: LayerVisit, name: str, kept: Indices) -> Decision:
@@ -63,10 +61,11 @@ class Narrowing:
         axis = visit.layer.axes[name]
         (grams,) = visit.grams(axis)
 
-        def choose(gram: Gram, target: ProjectionTarget) -> Elimination:
-            return refit_on(lambda: target.moments(gram, self.damping), target.weight, kept, axis.inputs(kept))
+        def choose(gram: Gram, target: ProjectionTarget) -> list[Elimination]:
+            return [refit_on(lambda: target.moments(gram, self.damping), target.weight, kept, axis.inputs(kept))]
 
-        return self._decide(visit, axis, grams, self._targets(visit, axis, grams, None), choose)
+        (decision,) = self._decide(visit, axis, grams, self._targets(visit, axis, grams, None), choose)
+        return decision
 
     def _targets(
         self, visit: LayerVisit, axis: Axis, grams: Sequence[Gram], reference: LayerVisit | None
@@ -85,14 +84,25 @@ class Narrowing:
         axis: Axis,
         grams: Sequence[Gram],
         targets: Sequence[ProjectionTarget],
-        choose: Callable[[Gram, ProjectionTarget], Elimination],
+        choose: Callable[[Gram, ProjectionTarget], list[Elimination]],
+    ) -> list[Decision]:
+        """For each size that was asked for, what is kept in each group."""
+        of_groups = []
+        for group, (gram, target) in enumerate(zip(grams, targets, strict=True)):
+            place = f"{axis.place.capitalize()} {group}" if axis.groups else f"The {axis.place}"
+            with named(f"{place} of layer {visit.index}", target.weight, self.damping):
+                of_groups.append(choose(gram, target))
+        return [self._decided(visit, axis, grams, targets, results) for results in zip(*of_groups, strict=True)]
+
+    def _decided(
+        self,
+        visit: LayerVisit,
+        axis: Axis,
+        grams: Sequence[Gram],
+        targets: Sequence[ProjectionTarget],
+        results: Sequence[Elimination],
     ) -> Decision:
         layer, several = visit.layer, axis.groups > 0
-        results = []
-        for group, (gram, target) in enumerate(zip(grams, targets, strict=True)):
-            place = f"{axis.place.capitalize()} {group}" if several else f"The {axis.place}"
-            with named(f"{place} of layer {visit.index}", target.weight, self.damping):
-                results.append(choose(gram, target))
         bias = None if several else targets[0].bias_for(results[0], grams[0], axis.inputs(results[0].kept).tolist())
         stored = layer.projection(axis.output).stored([result.weight for result in results], bias)
         kept = tuple(result.kept for result in results)
@@ -107,11 +117,13 @@ class Narrowing:
         cuts = Cuts.along(axis.name, {visit.index: kept if several else kept[0]})
         return Decision(cuts, cast("dict[str, Tensor]", layer.named(stored)), evidence)
 
-    def _eliminated(self, axis: Axis, keep: int, gram: Gram, target: ProjectionTarget) -> Elimination:
+    def _eliminated(
+        self, axis: Axis, sizes: Sequence[int], gram: Gram, target: ProjectionTarget
+    ) -> list[Elimination]:
         if axis.width > 1:
-            return eliminate_groups(target.moments(gram, self.damping), target.weight, keep, axis.width)
+            return group_eliminations(target.moments(gram, self.damping), target.weight, sizes, axis.width)
         step = target.weight.shape[1] if self.one_shot else self.step
-        return eliminate(lambda: target.moments(gram, self.damping), target.weight, keep, step, self.swaps)
+        return eliminations(lambda: target.moments(gram, self.damping), target.weight, sizes, step, self.swaps)
 
     def cost(self, work: Workload, before: LayerShape, after: LayerShape) -> Cost:
         """What it takes to narrow the axes of one layer, besides moving the hidden states through it."""

@@ -8,7 +8,7 @@ from problems import inputs_of, least_squares, naive, naive_groups, objective, p
 from torch import Tensor
 from torch.testing import assert_close
 
-from optimum_prune.refit.elimination import eliminate, eliminate_groups
+from optimum_prune.refit.elimination import eliminate, eliminate_groups, eliminations, group_eliminations
 from optimum_prune.refit.solving import damped
 
 
@@ -201,3 +201,23 @@ def test_a_gram_that_is_not_finite_or_not_positive_definite_is_no_silent_success
     gram[7, 7] = harm
     with pytest.raises(torch.linalg.LinAlgError):
         eliminate(gram, weight, 5) if solve == "channels" else eliminate_groups(gram, weight, 5, 4)
+
+
+@pytest.mark.parametrize("step", [1, 4, 300])
+@pytest.mark.parametrize("swaps", [0, 3])
+def test_sizes_that_an_elimination_comes_by_are_as_if_each_was_asked_for_alone(step, swaps):
+    gram, weight = problem(200, 300)
+    sizes = (200, 180, 100, 36, 12)  # whole steps apart
+    for keep, found in zip(sizes, eliminations(lambda: gram.clone(), weight, sizes, step, swaps), strict=True):
+        alone = eliminate(gram, weight, keep, step, swaps)
+        assert found.kept == alone.kept
+        assert_close(found.weight, alone.weight)
+        assert found.relative_error == pytest.approx(alone.relative_error)
+
+
+def test_numbers_of_groups_that_an_elimination_comes_by_are_as_if_each_was_asked_for_alone():
+    gram, weight = problem(60, 200)
+    for keep, found in zip((10, 7, 2), group_eliminations(gram, weight, (10, 7, 2), 5), strict=True):
+        alone = eliminate_groups(gram, weight, keep, 5)
+        assert found.kept == alone.kept
+        assert_close(found.weight, alone.weight)
