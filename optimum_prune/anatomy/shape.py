@@ -139,6 +139,16 @@ class LayerShape:
         """With so many parameters, for reasons that are no axis's."""
         return replace(self, terms=(*self.terms, ((), parameters - self.parameters)))
 
+    def without(self, block: str, parameters: int) -> LayerShape:
+        """Without a block, which has so many parameters."""
+        left = self.parameters - parameters
+        axes = tuple(axis for axis in self.axes if axis.block != block)
+        gone = {axis.name for axis in self.axes} - {axis.name for axis in axes}
+        terms = tuple((names, each) for names, each in self.terms if not gone & set(names))
+        blocks = tuple(each for each in self.blocks if each != block)
+        fixed = tuple(each for each in self.fixed if each.block != block)
+        return LayerShape(axes, terms, blocks, fixed).of_size(left)
+
     def within(self, block: str) -> tuple[AxisShape, ...]:
         """The axes of a block that are in front of its output."""
         return tuple(axis for axis in self.axes if axis.block == block and axis.inner)

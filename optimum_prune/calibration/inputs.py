@@ -41,7 +41,7 @@ def summed_inputs(
     Args:
         make: a statistic of so many features on a device.
     """
-    first = processes.broadcast_from_first(lambda: _first_with_same_inputs(visit, matrices))
+    first = processes.broadcast_from_first(lambda: first_with_same_inputs(visit, matrices))
     found: dict[str, list[S]] = {}
     heard = []
     for matrix in matrices:
@@ -66,7 +66,7 @@ def _adding(matrix: Matrix, statistics: Sequence[Statistic]) -> Hearer:
     return add
 
 
-def _first_with_same_inputs(visit: LayerVisit, matrices: Sequence[Matrix]) -> dict[str, str]:
+def first_with_same_inputs(visit: LayerVisit, matrices: Sequence[Matrix]) -> dict[str, str]:
     """Of each matrix, the first that is given the same tensor, maybe itself; found on one batch."""
     given: list[tuple[Tensor, str]] = []  # the tensors are held: an address would be used again
     found = {matrix.parameter: matrix.parameter for matrix in matrices}

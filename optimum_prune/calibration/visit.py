@@ -122,7 +122,7 @@ class LayerVisit:
         """Observes the inputs of an axis's output, and keeps them if its block ends there."""
         self._answers.pop(axis.block, None)  # or the block would answer instead of computing them
         self._inputs.pop(axis.block, None)
-        inputs = list(self._inputs_of(axis.output, add))
+        inputs = list(self.inputs_of(axis.output, add))
         if axis.output == self.layer.output_of(axis.block):
             self._inputs[axis.block] = inputs
 
@@ -139,8 +139,9 @@ class LayerVisit:
         self.activations.release(activations)
         return part
 
-    def _inputs_of(self, parameter: str, add: Callable[[Tensor], None]) -> Iterator[Tensor]:
-        """Runs each batch as far as a linear module of the layer, and yields what reaches it."""
+    @torch.no_grad()
+    def inputs_of(self, parameter: str, add: Callable[[Tensor], None] = lambda _: None) -> Iterator[Tensor]:
+        """Runs each batch as far as the module of a weight, and yields what reaches it; of that, `add` is given rows without padding."""
         reached: list[Tensor] = []
 
         def stop(_: nn.Module, args: tuple[Tensor, ...]) -> None:

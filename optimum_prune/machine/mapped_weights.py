@@ -37,6 +37,11 @@ def held(layer: nn.Module) -> Iterator[None]:
         yield
 
 
+def lies_on_disk(layer: nn.Module) -> bool:
+    """Whether the weights of a layer are read from files whenever it runs."""
+    return getattr(layer, ATTRIBUTE, None) is not None
+
+
 class _File(NamedTuple):
     """A file that is mapped."""
 

@@ -117,9 +117,7 @@ class Narrowing:
         cuts = Cuts.along(axis.name, {visit.index: kept if several else kept[0]})
         return Decision(cuts, cast("dict[str, Tensor]", layer.named(stored)), evidence)
 
-    def _eliminated(
-        self, axis: Axis, sizes: Sequence[int], gram: Gram, target: ProjectionTarget
-    ) -> list[Elimination]:
+    def _eliminated(self, axis: Axis, sizes: Sequence[int], gram: Gram, target: ProjectionTarget) -> list[Elimination]:
         if axis.width > 1:
             return group_eliminations(target.moments(gram, self.damping), target.weight, sizes, axis.width)
         step = target.weight.shape[1] if self.one_shot else self.step

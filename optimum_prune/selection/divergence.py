@@ -44,33 +44,54 @@ class Divergence:
     """How far a model's predictions diverge from its own once one of its layers is changed, in nats for each token."""
 
     @torch.no_grad()
-    def __init__(self, decoder: Decoder, calibration: Calibration) -> None:
+    def __init__(self, decoder: Decoder, calibration: Calibration, stride: int = STRIDE) -> None:
         self._decoder = decoder
         self._layers = range(len(decoder))
-        self._tokens = int(calibration.mask[:, ::STRIDE].sum())
+        self._stride = stride
+        self._tokens = int(calibration.mask[:, ::stride].sum())
         self._ends = [run_layers(decoder, batch, hidden, self._layers) for batch, hidden in calibration.embed(decoder)]
 
     @torch.no_grad()
-    def of(self, visit: LayerVisit, decisions: Sequence[Decision]) -> list[float]:
-        """What each decision about the visited layer would cost; nothing is changed."""
+    def of(self, visit: LayerVisit, decisions: Sequence[Decision], skipped: Sequence[int] = ()) -> list[float]:
+        """What each decision about the visited layer would cost; nothing is changed.
+
+        Args:
+            skipped: of each decision, how many layers right behind the visited one go as well; none if not given.
+        """
         totals = [0.0] * len(decisions)
         layers = [changed_layer(self._decoder, decision, visit.index) for decision in decisions]
+        skips = skipped or [0] * len(layers)
         for (batch, hidden), end in zip(visit.stream, self._ends, strict=True):
-            ends = [self._run(batch, layer, visit.index, hidden) for layer in layers]
-            for pieces in zip(*(self._logits(batch, each) for each in (end, *ends)), strict=True):
-                reference = Reference(pieces[0])
-                totals = [total + reference.divergence(piece) for total, piece in zip(totals, pieces[1:], strict=True)]
+            ends = [
+                self._run(batch, layer, visit.index, skip, hidden) for layer, skip in zip(layers, skips, strict=True)
+            ]
+            totals = self._added(totals, batch, end, ends)
         return [total / self._tokens for total in processes.all_sums(totals)]
+
+    @torch.no_grad()
+    def of_model(self, other: Decoder, calibration: Calibration) -> float:
+        """What a whole model costs that was made of this one, on the same windows."""
+        totals = [0.0]
+        layers = range(len(other))
+        for (batch, hidden), end in zip(calibration.embed(other), self._ends, strict=True):
+            totals = self._added(totals, batch, end, [run_layers(other, batch, hidden, layers)])
+        return processes.all_sums(totals)[0] / self._tokens
+
+    def _added(self, totals: list[float], batch: Batch, end: Tensor, ends: Sequence[Tensor]) -> list[float]:
+        for pieces in zip(*(self._logits(batch, each) for each in (end, *ends)), strict=True):
+            reference = Reference(pieces[0])
+            totals = [total + reference.divergence(piece) for total, piece in zip(totals, pieces[1:], strict=True)]
+        return totals
 
     def _logits(self, batch: Batch, hidden: Tensor) -> Iterator[Tensor]:
         """Window by window, where tokens count."""
-        strided = Batch(batch.tokens[:, ::STRIDE], batch.mask[:, ::STRIDE], ())
-        for one, part in strided.split(hidden[:, ::STRIDE]):
+        strided = Batch(batch.tokens[:, :: self._stride], batch.mask[:, :: self._stride], ())
+        for one, part in strided.split(hidden[:, :: self._stride]):
             yield logits(self._decoder, one, part)[one.mask]
 
-    def _run(self, batch: Batch, layer: nn.Module, index: int, hidden: Tensor) -> Tensor:
+    def _run(self, batch: Batch, layer: nn.Module, index: int, skip: int, hidden: Tensor) -> Tensor:
         behind = batch.run(layer, index, hidden)
-        return run_layers(self._decoder, batch, behind, self._layers[index + 1 :])
+        return run_layers(self._decoder, batch, behind, self._layers[index + 1 + skip :])
 
 
 def trial_workloads(work: Workload) -> tuple[Workload, Workload]:

@@ -83,6 +83,22 @@ def with_fewer_features(layer: DecoderLayer, axis: Axis, units: int) -> DecoderL
     return copied
 
 
+def with_units_of(layer: DecoderLayer, axis: Axis, others: Sequence[Mapping[str, Tensor]]) -> DecoderLayer:
+    """A copy of a decoder layer whose axis has the units of others behind its own; the model stays as it is.
+
+    Args:
+        others: of each, the parameters that its units lie in, by the paths of the axis's members.
+    """
+    copied = replace(layer, module=sharing_copy(layer.module, layer.config))
+    for member in axis.members:
+        parts = [layer.module.get_parameter(member.path).detach(), *(other[member.path] for other in others)]
+        # Of each stretch, the units of all one after the other.
+        split = [part.tensor_split(len(member.stretches), member.dim) for part in parts]
+        value = torch.cat([stretch for stretches in zip(*split, strict=True) for stretch in stretches], member.dim)
+        _put(copied.module, member.path, nn.Parameter(value, requires_grad=False))
+    return copied
+
+
 def cut_model(decoder: Decoder, cuts: Cuts, axis: Axis | None) -> None:
     """Makes of a whole model, in place, what the cuts say of its hidden states, which are an axis of it."""
     for (index, name), kept in cuts.units.items():

@@ -1,0 +1,231 @@
+"""One budget: the model of a given size that predicts best, whatever has to go for it.
+
+What it costs to narrow each axis of each layer, or to leave out each of its blocks, or the layer, is measured as the divergence of the
+model's predictions, on text that is given and on text that the model writes itself (`refit/pricing.py`). From these prices follow the
+best choices of the size asked for (`selection/options.py`), as in Tyr-the-Pruner (arXiv 2503.09657) and MultiPruner (arXiv 2501.09949) over every
+kind of unit at once. The best few are made on some windows and measured on others, and the one that loses least is made anew on all, layer
+by layer, each refitted on the stream of those before it (`refit/sequential.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from optimum_prune.anatomy.shape import FEED_FORWARD, LayerShape, Shape
+from optimum_prune.anatomy.workload import Cost, Workload
+from optimum_prune.calibration.kinds import HELD_OUT, HELD_OUT_LENGTH, TextKinds
+from optimum_prune.calibration.own_text import own_text_cost
+from optimum_prune.errors import RecipeError
+from optimum_prune.hooks.marker import hookimpl
+from optimum_prune.machine.mapped_weights import lies_on_disk
+from optimum_prune.options import option
+from optimum_prune.passes.base import Pass
+from optimum_prune.passes.prune import PrunePass
+from optimum_prune.refit.finalists import measured, measuring_cost
+from optimum_prune.refit.narrowing import Narrowing
+from optimum_prune.refit.pricing import priced, pricing_cost
+from optimum_prune.refit.sequential import Repairs, Wanted, bringing_cost, brought_to
+from optimum_prune.selection.allowed import BLOCKS, Allowed
+from optimum_prune.selection.options import Prices, frontier
+from optimum_prune.selection.shapes import (
+    Choice,
+    choices_among,
+    even_choices,
+    options_of,
+    parameters_of,
+    sizes_told,
+)
+from optimum_prune.selection.targets import Target, check_named_once, check_protected
+from optimum_prune.surgery.cuts import NOTE, Decision
+from optimum_prune.surgery.operation import sharing_copy
+from optimum_prune.text.windows import joined
+
+if TYPE_CHECKING:
+    from optimum_prune.anatomy.decoder import Decoder
+    from optimum_prune.calibration.calibration import Calibration
+
+FITTED = 10
+"""Windows of each kind to which is fitted, at most, to see what cutting costs, and which of some models loses least."""
+PRICING = Narrowing(0.05, step=16)
+"""How layers are narrowed to see what that costs."""
+MORE = 4
+"""How many models are made and measured at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget(PrunePass):
+    """Finds the model of a given size that predicts best: fewer layers, blocks, heads, channels or experts' channels, whichever hurt least."""
+
+    name: ClassVar[str] = "budget"
+    foresees_layers: ClassVar[bool] = False
+    params: float = option("Fraction of all the model's parameters to keep.", above=0, below=1)
+    form: Literal["heterogeneous", "stock"] = option(
+        "Each layer its own sizes, or all layers alike, which every runtime reads.", "heterogeneous"
+    )
+    allow: tuple[str, ...] = option(
+        "What may become less: layers, blocks, and the names of axes. If not given: all that there is.", ()
+    )
+    protect: tuple[int, ...] = option("Layers to leave as they are.", ())
+    multiple_of: int | None = option(
+        "Keep a multiple of this many channels. If not given: 64, or less for layers narrower than 1024.",
+        None,
+        at_least=1,
+    )
+    own_text: float | None = option(
+        "Text that the model writes itself and is calibrated on besides, as a fraction of the text given. If not given: 0.6, or 0 if offloaded.",
+        None,
+        at_least=0,
+        at_most=4,
+    )
+    damping: float = option("Added to the gram's diagonal, relative to its mean.", 0.2, above=0, below=math.inf)
+    correction: float = option(
+        "How far to move what blocks put out towards the dense model's hidden states, 0 to 1.",
+        0.25,
+        at_least=0,
+        at_most=1,
+    )
+    reading: float = option(
+        "How far to refit what blocks read of hidden states once these are not what they were, 0 to 1.",
+        0.5,
+        at_least=0,
+        at_most=1,
+    )
+    rebuild: bool = option("Choose the channels of an FFN in front of layers that go from theirs as well.", True)
+    finalists: int = option(
+        "How many models are made and measured before the best is made; 1 is the best by prices.",
+        2,
+        at_least=1,
+        at_most=MORE,
+    )
+    step: int = option("Channels removed before the rest are ranked anew; 1 is the exact greedy.", 4, at_least=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_named_once(self.name, self.protect)
+        if self.form == "stock" and self.protect:
+            raise RecipeError(
+                "budget has form 'stock', in which all layers are alike, and layers to protect. Leave one of the two out."
+            )
+        if self.form == "stock" and BLOCKS in self.allow:
+            raise RecipeError(
+                "budget has form 'stock', in which no layer lacks a block, and allows blocks to go. Leave one of the two out."
+            )
+
+    @property
+    def _allowed(self) -> Allowed:
+        return Allowed(self.name, self.allow, self.protect, self.multiple_of, even=self.form == "stock")
+
+    @property
+    def _repairs(self) -> Repairs:
+        narrowing = Narrowing(self.damping, self.correction, self.step)
+        return Repairs(narrowing, self.reading, rebuild=self.rebuild)
+
+    # What there will be
+
+    def foresee(self, shape: Shape) -> Shape:
+        check_protected(self.name, self.protect, shape)
+        wanted = self.params * shape.parameters
+        self._allowed.check(shape, wanted)
+        return self._allowed.of_size(shape, wanted)
+
+    def estimate(self, shape: Shape, work: Workload) -> Cost:
+        given, own = work.windows, self._own_windows(work.windows, offloaded=work.offloaded)
+        both, few = work.on(given + own), work.on(min(2 * HELD_OUT, given + own), min(HELD_OUT_LENGTH, work.length))
+        wanted = Wanted(self._evenly(shape))
+        fitted = work.on(min(FITTED, given) + min(FITTED, own))
+        costs = [pricing_cost(fitted, few, shape, self._allowed, PRICING)]
+        if own:
+            costs.insert(0, own_text_cost(work, shape, own))
+        if self.finalists > 1:
+            costs.append(measuring_cost(fitted, few, shape, wanted, self._repairs).times(self.finalists))
+        return Cost().followed_by(*costs, bringing_cost(both, shape, wanted, self._repairs))
+
+    def _evenly(self, shape: Shape) -> list[LayerShape | None]:
+        """Of each layer about as much as of all."""
+        inner = Target(self.name, FEED_FORWARD, self.protect, self.multiple_of)
+        return list(inner.narrowed(shape, min(1 - self.params, 0.8)).layers)
+
+    # Deciding
+
+    def decide(self, decoder: Decoder, calibration: Calibration) -> Iterator[Decision]:
+        dense = replace(decoder, model=sharing_copy(decoder.model).requires_grad_(False))
+        shape, given = dense.shape(), len(calibration.windows)
+        own = self._own_windows(given, offloaded=lies_on_disk(dense.modules[0]))
+        texts = TextKinds.with_own(dense, calibration, own)
+        few, held_out = calibration.on(texts.fitted(FITTED)), calibration.on(joined(list(texts.held_out().values())))
+        layers = priced(dense, few, held_out, self._allowed, PRICING)
+        wanted = self.params * shape.parameters - shape.rest.parameters
+        if self.form == "stock":
+            choices = even_choices(layers, wanted, self.finalists)
+        else:
+            choices = choices_among(layers, wanted)[: self.finalists]
+        best, evidence = self._best(dense, calibration, texts, choices)
+        prices = _told(layers, shape)
+        front = [
+            [(size + shape.rest.parameters) / shape.parameters, cost]
+            for size, cost in frontier([options_of(each) for each in layers])
+        ]
+        yield Decision(evidence={**evidence, **prices, "frontier": front, "chosen": list(sizes_told(best, shape))})
+        yield from brought_to(decoder, dense, calibration.on(texts.all), Wanted(best), self._repairs)
+
+    def _best(
+        self,
+        dense: Decoder,
+        calibration: Calibration,
+        texts: TextKinds,
+        choices: Sequence[tuple[Choice, float]],
+    ) -> tuple[Choice, dict[str, Any]]:
+        """The choice that loses least once it is made, and what was considered."""
+        shape = dense.shape()
+        if not choices:
+            raise RecipeError(
+                f"budget finds no model of {self.params:.4g} of the parameters whose layers are all alike. Ask for another size, or allow more."
+            )
+        told = [
+            {
+                "parameters": parameters_of(choice, shape) / shape.parameters,
+                "sizes": list(sizes_told(choice, shape)),
+                "nats_per_token_by_prices": cost,
+            }
+            for choice, cost in choices
+        ]
+        if len(choices) == 1:
+            return choices[0][0], {"considered": told}
+        wanted = [Wanted(choice) for choice, _ in choices]
+        held_out = {name: calibration.quiet().on(windows) for name, windows in texts.held_out().items()}
+        found = measured(dense, calibration.on(texts.fitted(FITTED)), held_out, wanted, self._repairs)
+        for each, lost in zip(told, found, strict=True):
+            each["nats_per_token"] = lost
+        means = [sum(lost.values()) / len(lost) for lost in found]
+        best = means.index(min(means))
+        told[best]["best"] = True
+        losses = ", ".join(f"{value:.3f} on {name}" for name, value in found[best].items())
+        return choices[best][0], {
+            "considered": told,
+            NOTE: f"the best of {len(choices)} models that were made loses {losses}, in nats a token",
+        }
+
+    def _own_windows(self, given: int, *, offloaded: bool) -> int:
+        share = (0.0 if offloaded else 0.6) if self.own_text is None else self.own_text
+        return round(share * given)
+
+
+def _told(layers: Sequence[Prices], shape: Shape) -> dict[str, Any]:
+    """The prices, as evidence."""
+    found = {}
+    for index, each in enumerate(layers):
+        axes = {
+            shape.layers[index].axis_named(name).size: {size: curve.at(size) for size in curve.sizes}
+            for name, curve in each.curves.items()
+        }
+        blocks = {f"without {block}": cost for block, (cost, _) in each.blocks.items()}
+        found[index] = {**axes, **blocks, **({} if each.whole is None else {"gone": each.whole})}
+    return {"nats_per_token_alone": found}
+
+
+@hookimpl
+def passes() -> Iterator[type[Pass]]:
+    yield Budget

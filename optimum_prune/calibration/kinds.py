@@ -1,0 +1,53 @@
+"""Text of several kinds to calibrate on: windows to fit to, and others to measure on, of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from optimum_prune.calibration.own_text import own_text
+from optimum_prune.text.windows import Windows, joined
+
+if TYPE_CHECKING:
+    from optimum_prune.anatomy.decoder import Decoder
+    from optimum_prune.calibration.calibration import Calibration
+
+HELD_OUT, HELD_OUT_LENGTH = 5, 256
+"""Windows of each kind that are measured on, at most, and tokens of these that are used."""
+
+
+@dataclass(frozen=True)
+class TextKinds:
+    """Windows of one length, by what kind of text they are."""
+
+    kinds: Mapping[str, Windows]
+
+    @classmethod
+    def with_own(cls, decoder: Decoder, calibration: Calibration, count: int) -> TextKinds:
+        """The text that is given, and so many windows of the model's own."""
+        given = calibration.windows
+        kinds = {"the text given": given}
+        if count:
+            tokens = calibration.once("own text", lambda: own_text(decoder, given, count).tokens)
+            kinds["the model's own"] = Windows.from_tokens(tokens.to(given.tokens), given.source, given.bos)
+        return cls(kinds)
+
+    @property
+    def all(self) -> Windows:
+        """Every window."""
+        return joined(list(self.kinds.values()))
+
+    def fitted(self, most: int | None = None) -> Windows:
+        """Those to fit to, of each kind no more than so many."""
+        return joined([_split(windows)[0].part(slice(most)) for windows in self.kinds.values()])
+
+    def held_out(self) -> dict[str, Windows]:
+        """Those to measure on, shorter, by their kind; a single window serves for both."""
+        return {name: _split(windows)[1] for name, windows in self.kinds.items()}
+
+
+def _split(windows: Windows) -> tuple[Windows, Windows]:
+    held_out = min(HELD_OUT, max(len(windows) // 4, 1))
+    fitted = windows.part(slice(0, max(len(windows) - held_out, 1)))
+    return fitted, windows.part(slice(len(windows) - held_out, None), slice(HELD_OUT_LENGTH))

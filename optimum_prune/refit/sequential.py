@@ -1,0 +1,224 @@
+"""A model brought to given sizes layer by layer, each layer chosen and refitted on the stream of those that were before it.
+
+The dense model's hidden states go along. Once something in front of a layer was cut, what the layer reads is refitted (`reading.py`), and
+what attention and the FFN put out is moved some way towards the dense model (`reconstruction.py`). What lies in front of layers that go, or
+of blocks that do, learns to put out the hidden states behind the gap, all the way, with the units of the FFNs that go to choose from (`rebuilding.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, cast
+
+from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, FEED_FORWARD, LayerShape, Shape
+from optimum_prune.anatomy.workload import Cost, Workload
+from optimum_prune.calibration.stream import check_finite, walk_cost
+from optimum_prune.calibration.visit import LayerVisit
+from optimum_prune.refit.healing import through
+from optimum_prune.refit.narrowing import Narrowing
+from optimum_prune.refit.reading import reading_cost, reread
+from optimum_prune.refit.rebuilding import pool
+from optimum_prune.refit.reconstruction import refitted, refitting_cost
+from optimum_prune.surgery.cuts import Cuts, Decision
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from optimum_prune.anatomy.axis import Axis, Indices
+    from optimum_prune.anatomy.decoder import Decoder
+    from optimum_prune.calibration.calibration import Calibration
+
+BRIDGING = 0.1
+"""Damping of what goes all the way over a gap."""
+TOGETHER = 64
+"""Units of a rebuilt FFN that go before the rest are ranked anew: it has the units of several to begin with."""
+
+
+@dataclass(frozen=True)
+class Repairs:
+    """How what is left is refitted."""
+
+    narrowing: Narrowing
+    """How units are chosen, and how far an FFN is moved towards the dense model; attention as far."""
+    reading: float = 0.0
+    """How far what blocks read is refitted, 0 to 1."""
+    reading_damping: float = 0.02
+    rebuild: bool = True
+    """Whether an FFN in front of a gap has the units of those that go to choose from."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be left of a model."""
+
+    layers: Sequence[LayerShape | None]
+    """Of each decoder layer its shape, without the blocks that go; None of those that go."""
+
+    def gap_behind(self, index: int) -> range:
+        """The layers right behind a layer that go."""
+        end = index + 1
+        while end < len(self.layers) and self.layers[end] is None:
+            end += 1
+        return range(index + 1, end)
+
+    def changed_before(self, index: int, shape: Shape) -> bool:
+        """Whether anything in front of a layer is not as it was."""
+        return any(after != before for after, before in zip(self.layers[:index], shape.layers, strict=False))
+
+    def cuts(self, shape: Shape) -> Cuts:
+        """The layers and the blocks that are kept."""
+        kept = tuple(index for index, layer in enumerate(self.layers) if layer is not None)
+        blocks = {
+            index: layer.blocks
+            for index, (layer, before) in enumerate(zip(self.layers, shape.layers, strict=True))
+            if layer is not None and layer.blocks != before.blocks
+        }
+        return Cuts(layers=None if len(kept) == len(self.layers) else kept, blocks=blocks)
+
+
+def brought_to(
+    decoder: Decoder, dense: Decoder, calibration: Calibration, wanted: Wanted, repairs: Repairs
+) -> Iterator[Decision]:
+    """The decisions by which a model gets the sizes that are wanted; each is to be carried out before the next is asked for.
+
+    Args:
+        dense: the same model, which stays as it is.
+    """
+    shape, hidden = dense.shape(), dense.hidden()
+    visits = calibration.walk(decoder, "Refitting, layer by layer")
+    references = calibration.quiet().walk(dense, "")
+    for visit, reference in zip(visits, references, strict=True):
+        before, after = shape.layers[visit.index], wanted.layers[visit.index]
+        if after is None:
+            visit.skip()
+            continue
+        local = _Layer(dense, hidden, calibration, visit, reference)
+        yield from local.decisions(before, after, wanted, repairs, wanted.changed_before(visit.index, shape))
+    yield Decision(wanted.cuts(shape))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer that is brought to its size, and what it was in the dense model."""
+
+    dense: Decoder
+    hidden: Axis | None
+    calibration: Calibration
+    visit: LayerVisit
+    reference: LayerVisit
+
+    def decisions(
+        self, before: LayerShape, after: LayerShape, wanted: Wanted, repairs: Repairs, changed: bool
+    ) -> Iterator[Decision]:
+        """How it becomes what it is to be.
+
+        Args:
+            changed: whether anything in front of it is.
+        """
+        visit, gone = self.visit, [block for block in before.blocks if block not in after.blocks]
+        strength = repairs.narrowing.correction if changed else 0.0
+        visit.leave_out(gone)
+        if ATTENTION in after.blocks:
+            if changed:
+                yield from self._reread(ATTENTION, repairs)
+            attended = self.reference.behind(ATTENTION) if strength and not gone else None
+            yield from self._narrowed(ATTENTION, before, after, repairs.narrowing)
+            if attended is not None:
+                yield from self._moved(ATTENTION, attended, repairs.narrowing.damping, strength)
+        if FEED_FORWARD in after.blocks and changed:
+            yield from self._reread(FEED_FORWARD, repairs)
+        self.reference.leave()
+        gap = wanted.gap_behind(visit.index)
+        if gap or gone:
+            yield from self._bridged(before, after, gap, repairs)
+        else:
+            goal = self.reference if strength else None
+            yield from self._narrowed(FEED_FORWARD, before, after, repairs.narrowing, goal)
+
+    def _once(self, what: str, decide: Callable[[], Decision | None]) -> Iterator[Decision]:
+        decision = self.calibration.once(f"{what} of layer {self.visit.index}", decide)
+        if decision is not None:
+            yield decision
+
+    def _reread(self, block: str, repairs: Repairs) -> Iterator[Decision]:
+        """What a block reads, refitted."""
+        if not repairs.reading:
+            return
+
+        def decide() -> Decision | None:
+            weights = reread(self.visit, self.reference, block, repairs.reading_damping, repairs.reading)
+            return Decision(weights=weights) if weights else None
+
+        yield from self._once(f"what {block} reads", decide)
+        self.visit.forget(block)
+
+    def _moved(self, block: str, goal: list[Tensor], damping: float, strength: float) -> Iterator[Decision]:
+        """What a block puts out, moved towards hidden states behind it."""
+        if self.visit.layer.projection(self.visit.layer.output_of(block)).linear is None:
+            return
+
+        def decide() -> Decision | None:
+            weights = refitted(self.visit, block, goal, damping, strength)
+            evidence = {"layer": self.visit.index, "moved": block, "strength": strength}
+            return Decision(weights=weights, evidence=evidence) if weights else None
+
+        yield from self._once(f"output of {block}", decide)
+
+    def _narrowed(
+        self,
+        block: str,
+        before: LayerShape,
+        after: LayerShape,
+        narrowing: Narrowing,
+        goal: LayerVisit | None = None,
+    ) -> Iterator[Decision]:
+        """A block's axes narrowed, and what its output is to come near to."""
+        for axis in before.within(block) if block in after.blocks else ():
+            keep, towards = after.units(axis.name), None if axis.groups else goal
+            if keep == axis.units and towards is None:
+                continue
+            decide = partial(self._decided, axis.name, keep, narrowing, towards)
+            decision = self.calibration.once(f"{axis.size} of layer {self.visit.index}", decide)
+            if not axis.groups:
+                kept = cast("Indices", decision.cuts.kept(self.visit.index, axis.name))
+                self.visit.narrow(self.visit.layer.axes[axis.name], kept)
+            yield decision
+
+    def _decided(self, name: str, keep: int, narrowing: Narrowing, goal: LayerVisit | None) -> Decision:
+        (decision,) = narrowing.decisions(self.visit, name, (keep,), goal)
+        return decision
+
+    def _bridged(self, before: LayerShape, after: LayerShape, gap: range, repairs: Repairs) -> Iterator[Decision]:
+        """What is left of the layer, made to put out the hidden states behind the gap."""
+        far = through(self.dense, self.reference, gap)
+        check_finite(far, f"Decoder layer {self.visit.index}", self.visit.activations)
+        if FEED_FORWARD not in after.blocks:
+            yield from self._moved(ATTENTION, far, BRIDGING, 1.0)
+            return
+        goal = LayerVisit(
+            self.visit.layer, [(batch, states) for (batch, _), states in zip(self.visit.stream, far, strict=True)]
+        )
+        narrowing = Narrowing(BRIDGING, 1.0, repairs.narrowing.step, one_shot=repairs.narrowing.one_shot)
+        found = pool(self.dense, self.hidden, self.visit, gap) if gap and repairs.rebuild else None
+        if found is None:
+            yield from self._narrowed(FEED_FORWARD, before, after, narrowing, goal)
+            return
+        found.visit.leave_out([block for block in BLOCKS if block in before.blocks and block not in after.blocks])
+        narrowing = Narrowing(BRIDGING, 1.0, max(TOGETHER, narrowing.step))
+        decide = partial(found.decision, after.units(found.axis.name), narrowing, goal)
+        yield from self._once("rebuilt FFN", decide)
+        self.visit.forget(FEED_FORWARD)
+
+
+def bringing_cost(work: Workload, shape: Shape, wanted: Wanted, repairs: Repairs) -> Cost:
+    """What `brought_to` takes."""
+    costs = []
+    for before, after in zip(shape.layers, wanted.layers, strict=True):
+        if after is None:
+            continue
+        reading = reading_cost(work).times(len(BLOCKS) if repairs.reading else 0)
+        costs += [repairs.narrowing.cost(work, before, after), refitting_cost(work, before, *BLOCKS), reading]
+    held = work.stored_states(4)
+    return walk_cost(work, shape, streams=2).followed_by(*(cost.with_memory(held) for cost in costs))

@@ -1,0 +1,128 @@
+"""What of a model may become less for a budget, and to how little."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD, AxisShape, LayerShape, Shape
+from optimum_prune.errors import RecipeError
+from optimum_prune.selection.options import Curve, Prices
+from optimum_prune.selection.shapes import size_of
+from optimum_prune.selection.targets import Target
+
+LAYERS, BLOCKS = "layers", "blocks"
+"""What may go besides the units of axes."""
+SEEN = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
+"""Fractions of the units of an axis at which it is looked what they cost."""
+FEWEST = 1 / 6
+"""Of the channels of a layer so many stay: with fewer, what it loses is no longer in proportion."""
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Which layers, blocks and units may go."""
+
+    step: str
+    """The pass that asks."""
+    names: tuple[str, ...] = ()
+    """Layers, blocks, or axes by their names; everything if none are given."""
+    protect: tuple[int, ...] = ()
+    """Layers that stay as they are."""
+    multiple_of: int | None = None
+    even: bool = False
+    """Whether all layers that stay are to be alike."""
+
+    def allows(self, name: str) -> bool:
+        """Whether something of this name may become less."""
+        return not self.names or name in self.names
+
+    def may_go(self, index: int) -> bool:
+        """Whether a layer may: the first has nothing in front of it."""
+        return self.allows(LAYERS) and index > 0 and index not in self.protect
+
+    def may_lack_attention(self, index: int) -> bool:
+        """Whether a layer may be left without its attention."""
+        return self.allows(BLOCKS) and not self.even and index not in self.protect
+
+    def sizes(self, index: int, layer: LayerShape) -> dict[str, list[int]]:
+        """Of each axis of a layer that may be narrowed, how many units may be left, from few to all."""
+        if index in self.protect:
+            return {}
+        possible = {axis.name: self._possible(axis) for axis in layer.axes if axis.inner and self.allows(axis.name)}
+        return {name: sizes for name, sizes in possible.items() if len(sizes) > 1}
+
+    def _possible(self, axis: AxisShape) -> list[int]:
+        if axis.block == ATTENTION:
+            return [*axis.fewer, axis.units]
+        multiple = Target(self.step, axis.block, (), self.multiple_of).multiple(axis)
+        least = max(math.ceil(FEWEST * axis.units / multiple), 1) * multiple
+        return [*(size for size in range(least, axis.units, multiple) if size in axis.fewer), axis.units]
+
+    def seen(self, index: int, layer: LayerShape) -> dict[str, list[int]]:
+        """Of each of these axes, the sizes at which it is looked what they cost, from many to few."""
+        return {name: _some(sizes) for name, sizes in self.sizes(index, layer).items()}
+
+    def check(self, shape: Shape, parameters: float) -> None:
+        """Refuses what cannot be.
+
+        Args:
+            parameters: that are to be left.
+
+        Raises:
+            RecipeError: a name is not there, layers are not alike, or that few parameters cannot be left.
+        """
+        inner = (axis.name for layer in shape.layers for axis in layer.axes if axis.inner)
+        known = dict.fromkeys([LAYERS, BLOCKS, *inner])
+        for name in self.names:
+            if name not in known:
+                raise RecipeError(
+                    f"{self.step} is to allow '{name}' to become less. Of this model there are: {', '.join(known)}."
+                )
+        if self.even and not shape.even:
+            raise RecipeError(
+                f"{self.step} has form 'stock', in which all layers are alike, and those of this model are not. Use the form 'heterogeneous'."
+            )
+        least = self._least(shape)
+        if parameters < least:
+            raise RecipeError(
+                f"{self.step} is to keep {parameters / shape.parameters:.4g} of the parameters, and by what may go here it can keep "
+                f"{least / shape.parameters:.3f} at least. Ask for more{', or allow more' if self.names else ''}."
+            )
+
+    def _least(self, shape: Shape) -> float:
+        """Parameters that are left at least: of two layers beside each other, one stays."""
+        left, gone = float(shape.rest.parameters), False
+        for index, layer in enumerate(shape.layers):
+            gone = self.may_go(index) and not gone
+            left += 0.0 if gone else min(size_of(way) for way, _ in self._free(index, layer).ways())
+        return left
+
+    def _free(self, index: int, layer: LayerShape) -> Prices:
+        """A layer that may be left in any way at no cost."""
+        sizes = self.sizes(index, layer)
+        return Prices(
+            layer, {name: Curve(tuple(each), (0.0,) * len(each), 0.0) for name, each in sizes.items()}, sizes
+        )
+
+    def of_size(self, shape: Shape, parameters: float) -> Shape:
+        """A shape of about so many parameters: which layer loses what is for a search to find out."""
+        stays = sum(shape.layers[index].parameters for index in self.protect)
+        of_others = shape.parameters - shape.rest.parameters - stays
+        share = (parameters - shape.rest.parameters - stays) / of_others
+        layers = tuple(
+            layer if index in self.protect else layer.of_size(round(layer.parameters * share))
+            for index, layer in enumerate(shape.layers)
+        )
+        if self.even:
+            return replace(shape, layers=layers)
+        multiples = Target(self.step, FEED_FORWARD, self.protect, self.multiple_of).least(shape)
+        attention = {axis.name: 1 for layer in shape.layers for axis in layer.within(ATTENTION)}
+        searched = {name: each for name, each in {**attention, **multiples}.items() if self.allows(name)}
+        return replace(shape, layers=layers, searched=searched, searched_blocks=self.allows(BLOCKS))
+
+
+def _some(sizes: Sequence[int]) -> list[int]:
+    fewer = sizes[:-1]
+    return sorted({min(fewer, key=lambda size: abs(size - share * sizes[-1])) for share in SEEN}, reverse=True)

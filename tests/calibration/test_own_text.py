@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+from torch.testing import assert_close
+
+from optimum_prune import Windows
+from optimum_prune import testing as conformance
+from optimum_prune.calibration import own_text as module
+from optimum_prune.calibration.own_text import own_text
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma3", "gpt2", "opt", "mixtral", "deepseek_v3"])
+def test_a_model_writes_windows_like_those_given(name, decoder):
+    given = tiny.windows(6)
+    found = own_text(decoder, given, 3)
+    assert found.tokens.shape == (3, given.length)
+    assert found.mask.all()
+    assert found.tokens.dtype == torch.int64
+    assert torch.equal(own_text(decoder, given, 3).tokens, found.tokens)
+    other = Windows.from_tokens(given.tokens.flip(0))
+    assert not torch.equal(own_text(decoder, other, 3).tokens, found.tokens)
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_pieces_begin_with_tokens_of_the_given_text_or_as_all_windows_do(name, decoder, monkeypatch):
+    monkeypatch.setattr(module, "PIECE", 5)
+    given = Windows.from_tokens(torch.randint(40, 60, (4, 12)))
+    starts = own_text(decoder, given, 8).tokens[:, [0, 5, 10]]
+    assert set(starts.flatten().tolist()) <= set(given.tokens.flatten().tolist())
+    assert len(starts.unique()) > 3
+    begun = Windows.from_tokens(torch.cat([torch.full((4, 1), tiny.BOS), given.tokens], 1), bos=True)
+    assert (own_text(decoder, begun, 8).tokens[:, [0, 5, 10]] == tiny.BOS).all()
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_tokens_are_drawn_as_they_are_predicted(name, decoder):
+    """Of many pieces that begin alike, the second tokens come as often as the model says, however many are written at a time."""
+    given = Windows.from_tokens(torch.full((2, 2), 7))
+    found = own_text(decoder, given, 4000).tokens
+    shares = torch.bincount(found[:, 1], minlength=tiny.VOCABULARY) / len(found)
+    expected = conformance.logits(decoder.model, given)[0, 0].float().softmax(-1)
+    assert_close(shares, expected, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_it_does_not_matter_how_many_pieces_are_written_at_a_time(name, decoder, monkeypatch):
+    given = tiny.windows(4)
+    whole = own_text(decoder, given, 5)
+    monkeypatch.setattr(module, "MEMORY", 1)
+    assert own_text(decoder, given, 5).tokens.shape == whole.tokens.shape
