@@ -42,6 +42,13 @@ def lies_on_disk(layer: nn.Module) -> bool:
     return getattr(layer, ATTRIBUTE, None) is not None
 
 
+def write_changes_of(model: nn.Module, layer: nn.Module) -> None:
+    """Writes the weights of a copy of a model that lie in memory to files, if those of the model do, of which this is a layer."""
+    weights: MappedWeights | None = getattr(layer, ATTRIBUTE, None)
+    if weights is not None:
+        weights.write_changes(model)
+
+
 class _File(NamedTuple):
     """A file that is mapped."""
 

@@ -11,6 +11,7 @@ from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.calibration import NoJournal
 from optimum_prune.calibration.stream import walk_cost
 from optimum_prune.evaluation.losses import losses_cost
+from optimum_prune.machine.mapped_weights import write_changes_of
 from optimum_prune.refit.sequential import Repairs, Wanted, bringing_cost, brought_to
 from optimum_prune.selection.divergence import Divergence
 from optimum_prune.surgery.config import sync_config
@@ -44,6 +45,7 @@ def measured(
         own = replace(fitted, journal=NoJournal())
         for decision in brought_to(scratch, dense, own, wanted, repairs):
             carry_out(scratch, decision)
+            write_changes_of(scratch.model, scratch.modules[0])
         sync_config(scratch)
         return {name: each.of_model(scratch, held_out[name]) for name, each in divergences.items()}
 

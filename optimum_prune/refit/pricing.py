@@ -12,6 +12,7 @@ model lost with all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -91,7 +92,7 @@ class _Pricing:
         behind = self._without_next()
         trials += [] if behind is None else [(behind, 1)]
         costs = divergence.of(self.probe, [each for each, _ in trials], [skip for _, skip in trials]) if trials else []
-        costs = [max(cost, 0.0) for cost in costs]
+        costs = [max(cost, 0.0) if math.isfinite(cost) else math.inf for cost in costs]
         left = iter(costs)
         axes = {name: self._curve(name, decisions, middle, next(left)) for name, (decisions, middle) in curves.items()}
         blocks = {block: [next(left), self._parameters(each)] for block, each in without.items()}

@@ -21,7 +21,7 @@ def size_of(shape: LayerShape | None) -> float:
 
 def options_of(prices: Prices) -> list[Option]:
     """The hull of the ways in which a layer may be left."""
-    return hull(Option(shape, size_of(shape), cost) for shape, cost in prices.ways())
+    return hull(Option(shape, size_of(shape), cost) for shape, cost in prices.ways() if math.isfinite(cost))
 
 
 def best_choice(layers: Sequence[Prices], parameters: float) -> tuple[Choice, float]:
@@ -39,7 +39,11 @@ def choices_among(layers: Sequence[Prices], parameters: float) -> list[tuple[Cho
         choice, cost = best_choice(given, parameters)
         if sum(map(size_of, choice)) <= parameters * (1 + 1e-3):  # it was within reach
             found.setdefault(choice, cost)
-    return sorted(found.items(), key=lambda each: each[1])
+    return sorted(found.items(), key=_cost)
+
+
+def _cost(choice: tuple[Choice, float]) -> float:
+    return choice[1]
 
 
 def even_choices(layers: Sequence[Prices], parameters: float, most: int) -> list[tuple[Choice, float]]:
@@ -63,7 +67,7 @@ def even_choices(layers: Sequence[Prices], parameters: float, most: int) -> list
             choice = _even(layers, gone, narrow, widest, parameters)
             if choice is not None:
                 found[choice[0]] = choice[1]
-    return sorted(found.items(), key=lambda each: each[1])[:most]
+    return sorted(((choice, cost) for choice, cost in found.items() if math.isfinite(cost)), key=_cost)[:most]
 
 
 def _even(

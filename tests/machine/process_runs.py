@@ -17,6 +17,7 @@ from optimum_prune import Depth, Osscar, Progress
 from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.builtin.prune.bernoulli import Bernoulli
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
+from optimum_prune.builtin.prune.budget import Budget
 from optimum_prune.builtin.prune.experts import ExpertPruner
 from optimum_prune.builtin.prune.hidden import HiddenPruner
 from optimum_prune.builtin.prune.sparsegpt import SparseGPT
@@ -48,6 +49,8 @@ CASES = {
     "experts": ("mixtral", ExpertPruner(keep=3), tiny.windows(5)),
     "hidden": ("llama-tied", HiddenPruner(size=24), tiny.windows(5, padded=True)),
     "bernoulli": ("llama", Bernoulli(ratio=0.25, steps=3, batch=60), tiny.windows(5)),
+    "budget": ("llama", Budget(params=0.75, multiple_of=8), tiny.windows(9)),
+    "budget-mixture": ("qwen3_moe", Budget(params=0.8, multiple_of=8, finalists=1), tiny.windows(5)),
     "one-window": ("llama", Osscar(ratio=0.25, allocation="global"), tiny.windows(1)),
     "one-window-depth": ("llama", Depth(layers=1), tiny.windows(1, 64)),
 }

@@ -15,6 +15,7 @@ from optimum_prune import Depth, Osscar, Recipe, Settings, Text, compress
 from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.builtin.prune.bernoulli import Bernoulli
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
+from optimum_prune.builtin.prune.budget import Budget
 from optimum_prune.builtin.prune.experts import ExpertPruner
 from optimum_prune.builtin.prune.hidden import HiddenPruner
 from optimum_prune.builtin.prune.sheared import Sheared
@@ -65,6 +66,7 @@ STEPS = [
     (SparseGPT(ratio=0.5),),
     (HiddenPruner(ratio=0.25),),
     (Bernoulli(ratio=0.25, steps=2),),
+    (Budget(params=0.8, own_text=0.5, multiple_of=8),),
     (Sheared(layers=5, width=48, steps=2, batch=64),),
 ]
 

@@ -18,6 +18,7 @@ from optimum_prune.anatomy.shape import Shape
 from optimum_prune.anatomy.workload import Workload
 from optimum_prune.builtin.prune.bernoulli import Bernoulli
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
+from optimum_prune.builtin.prune.budget import Budget
 from optimum_prune.builtin.prune.hidden import HiddenPruner
 from optimum_prune.builtin.prune.sheared import Sheared
 from optimum_prune.builtin.prune.sparsegpt import SparseGPT
@@ -46,6 +47,7 @@ STEPS = [
     SparseGPT(pattern="2:4"),
     HiddenPruner(ratio=0.25),
     Bernoulli(ratio=0.25, layers=1),
+    Budget(params=0.8),
     Sheared(layers=5, width=768),
 ]
 SPEED = Speed(products=1e-11, elements=1e-9, statistics=1e-11, solving=1e-10, reading=1e-9)
@@ -79,7 +81,7 @@ def test_more_text_and_wider_layers_never_cost_less(step):
         assert cost.memory >= plain.memory, what
         assert SPEED.seconds(cost) >= SPEED.seconds(plain), what
     for what in ("more windows", "longer windows"):
-        assert larger[what].memory > plain.memory or step.name in ("osscar", "bernoulli", "sheared"), what
+        assert larger[what].memory > plain.memory or step.name in ("osscar", "bernoulli", "sheared", "budget"), what
         assert SPEED.seconds(larger[what]) > SPEED.seconds(plain), what
 
 

@@ -45,6 +45,7 @@ METHODS = {
     "block-pruner": ["block-pruner", "--blocks", 2],
     "sparsegpt": ["sparsegpt", "--pattern", "2:4"],
     "hidden": ["hidden", "--ratio", 0.25],
+    "budget": ["budget", "--params", 0.8, "--multiple-of", 8],
     "bernoulli": ["bernoulli", "--ratio", 0.25, "--layers", 1, "--steps", 6],
 }
 

@@ -208,6 +208,11 @@ class Budget(PrunePass):
             NOTE: f"the best of {len(choices)} models that were made loses {losses}, in nats a token",
         }
 
+    def keeps(self, shape: Shape, work: Workload) -> float:
+        """Where weights stay on disk, so do those of each finalist."""
+        made = self.finalists if self.finalists > 1 and work.offloaded else 0
+        return made * sum(layer.parameters for layer in shape.layers) * work.itemsize
+
     def _own_windows(self, given: int, *, offloaded: bool) -> int:
         share = (0.0 if offloaded else 0.6) if self.own_text is None else self.own_text
         return round(share * given)
