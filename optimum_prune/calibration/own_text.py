@@ -27,6 +27,8 @@ PIECE = 256
 """Tokens that are written in one go; a longer window has several pieces. Every token takes a run of the model, however many pieces there are."""
 MEMORY = 2**29
 """Bytes that keys and values of the pieces that are written at a time may take."""
+SLOWER = 6
+"""How much longer a token takes to be written than to be read, in a few dozens of pieces at a time."""
 SOURCE = "text of the model's own"
 """Where such windows are from."""
 
@@ -85,4 +87,4 @@ def own_text_cost(work: Workload, shape: Shape, count: int) -> Cost:
     written = work.on(count)
     running = written.run_all(shape.layers, written.tokens)
     head = Cost(products=2 * written.tokens * work.hidden * work.vocabulary)
-    return running.followed_by(head).with_memory(MEMORY)
+    return running.followed_by(head).times(SLOWER).with_memory(MEMORY)
