@@ -238,6 +238,21 @@ TIED = (
     "opt-post-norm",
 )
 
+SOME = (
+    "llama",
+    "llama-tied",
+    "qwen3",
+    "gemma2",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+    "phi3",
+    "mixtral",
+    "cohere",
+    "deepseek_v2",
+)
+"""Families that differ in what refits depend on, where all take too long."""
+
 
 def model(family: str, seed: int = 0) -> PreTrainedModel:
     """A model whose layers all matter."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from optimum_prune.calibration.stream import Batch
     from optimum_prune.calibration.visit import LayerVisit
 
+BRIDGING = 0.1
+"""Damping of what goes all the way over a gap, where nobody says another."""
 FINALISTS = 4
 """Windows of layers that are healed and measured again, to choose among them."""
 

@@ -12,6 +12,7 @@ from optimum_prune.calibration.calibration import NoJournal
 from optimum_prune.calibration.stream import walk_cost
 from optimum_prune.evaluation.losses import losses_cost
 from optimum_prune.machine.mapped_weights import write_changes_of
+from optimum_prune.refit.pricing import STRIDE
 from optimum_prune.refit.sequential import Repairs, Wanted, bringing_cost, brought_to
 from optimum_prune.selection.divergence import Divergence
 from optimum_prune.surgery.config import sync_config
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder
     from optimum_prune.anatomy.shape import Shape
     from optimum_prune.calibration.calibration import Calibration
-
-STRIDE = 4
-"""Predictions are compared at every fourth token."""
 
 
 def measured(

@@ -94,7 +94,7 @@ def heal(
         blocks = [
             block for block in blocks if not visit.layer.adds_nothing(block)
         ]  # what was left out by zeros stays so
-        gap = _gap_behind(visit.index, kept)
+        gap = gap_behind(visit.index, kept)
         visit.leave_out(missing)
         attended = reference.behind(ATTENTION) if gap or missing or strength else []
         reference.leave()
@@ -172,8 +172,8 @@ def through(decoder: Decoder, visit: LayerVisit, layers: range) -> list[Float[Te
     return behind
 
 
-def _gap_behind(index: int, kept: Mapping[int, Sequence[str]]) -> range:
-    """The layers right behind a layer that go."""
+def gap_behind(index: int, kept: Mapping[int, Sequence[str]]) -> range:
+    """The layers right behind a layer that go, of which no block is kept."""
     end = index + 1
     while end in kept and not kept[end]:
         end += 1

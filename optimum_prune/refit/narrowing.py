@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +18,8 @@ from optimum_prune.surgery.cuts import Cuts, Decision
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from optimum_prune.calibration.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,35 @@ class Narrowing:
             others = self._decide(visit, follower, its_grams, its_targets, choose)
             decided = [_joined(*pair, follower) for pair in zip(decided, others, strict=True)]
         return decided
+
+    def of_block(
+        self,
+        visit: LayerVisit,
+        calibration: Calibration,
+        block: str,
+        shapes: tuple[LayerShape, LayerShape],
+        reference: LayerVisit | None = None,
+    ) -> Iterator[Decision]:
+        """The decisions by which a block gets its size, each made once even if the run is killed and goes on.
+
+        Args:
+            shapes: of the layer before, and as it is to be.
+            reference: as for `decisions`; then an output is moved towards it even where every unit stays.
+        """
+        before, after = shapes
+        for axis in before.within(block):
+            keep, towards = after.units(axis.name), None if axis.groups else reference
+            if keep == axis.units and towards is None:
+                continue
+            decide = partial(self._decision, visit, axis.name, keep, towards)
+            decision = calibration.once(f"{axis.size} of layer {visit.index}", decide)
+            if not axis.groups:
+                visit.narrow(visit.layer.axes[axis.name], cast("Indices", decision.cuts.kept(visit.index, axis.name)))
+            yield decision
+
+    def _decision(self, visit: LayerVisit, name: str, keep: int, reference: LayerVisit | None) -> Decision:
+        (decision,) = self.decisions(visit, name, (keep,), reference)
+        return decision
 
     def keeping(self, visit: LayerVisit, name: str, kept: Indices) -> Decision:
         """How these units of an axis, which were chosen elsewhere, are kept."""

@@ -13,14 +13,14 @@ model lost with all of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, FEED_FORWARD, LayerShape, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
-from optimum_prune.refit.bridging import bridged
+from optimum_prune.refit.bridging import BRIDGING, bridged
 from optimum_prune.refit.reconstruction import refitting_cost
 from optimum_prune.selection.allowed import Allowed
 from optimum_prune.selection.divergence import Divergence, trial_cost
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from optimum_prune.calibration.visit import LayerVisit
     from optimum_prune.refit.narrowing import Narrowing
 
-BRIDGING = 0.1
-"""Damping of what is refitted in front of what goes."""
 STRIDE = 4
 """Predictions are compared at every fourth token: rather more windows than more of each."""
 
@@ -82,33 +80,36 @@ class _Pricing:
 
     def found(self, divergence: Divergence) -> dict[str, Any]:
         """Plain data: of each axis its sizes, their errors, and the price of an error; of each block, and of the layer behind, the cost."""
-        curves, trials = {}, []
-        for name, decisions in self._narrowed():
-            middle = decisions[len(decisions) // 2]
-            curves[name] = decisions, middle
-            trials.append((middle, 0))
-        without = dict(self._without_blocks())
-        trials += [(decision, 0) for decision in without.values()]
-        behind = self._without_next()
-        trials += [] if behind is None else [(behind, 1)]
-        costs = divergence.of(self.probe, [each for each, _ in trials], [skip for _, skip in trials]) if trials else []
-        costs = [max(cost, 0.0) if math.isfinite(cost) else math.inf for cost in costs]
-        left = iter(costs)
-        axes = {name: self._curve(name, decisions, middle, next(left)) for name, (decisions, middle) in curves.items()}
-        blocks = {block: [next(left), self._parameters(each)] for block, each in without.items()}
-        return {"axes": axes, "blocks": blocks, "behind": next(left, None)}
+        curves, without, behind = dict(self._narrowed()), dict(self._without_blocks()), self._without_next()
+        trials = {("axis", name): (_middle(decisions), 0) for name, decisions in curves.items()}
+        trials |= {("without", block): (decision, 0) for block, decision in without.items()}
+        trials |= {} if behind is None else {("behind", ""): (behind, 1)}
+        costs = dict(zip(trials, self._costs(divergence, trials.values()), strict=True))
+        return {
+            "axes": {name: self._curve(name, each, costs["axis", name]) for name, each in curves.items()},
+            "blocks": {block: [costs["without", block], self._parameters(each)] for block, each in without.items()},
+            "behind": costs.get(("behind", "")),
+        }
+
+    def _costs(self, divergence: Divergence, trials: Collection[tuple[Decision, int]]) -> list[float]:
+        """What decisions cost, each with so many layers behind gone as well; no less than nothing."""
+        if not trials:
+            return []
+        decisions, skipped = zip(*trials, strict=True)
+        costs = divergence.of(self.probe, decisions, skipped)
+        return [max(cost, 0.0) if math.isfinite(cost) else math.inf for cost in costs]
 
     def _narrowed(self) -> Iterator[tuple[str, list[Decision]]]:
         """Each axis, and how it is narrowed to each size, from many to few."""
         for name, sizes in self.allowed.seen(self.visit.index, self.visit.layer.shape()).items():
             yield name, self.narrowing.decisions(self.visit, name, sizes)
 
-    def _curve(self, name: str, decisions: Sequence[Decision], middle: Decision, cost: float) -> list[Any]:
+    def _curve(self, name: str, decisions: Sequence[Decision], cost: float) -> list[Any]:
         """The sizes of an axis, from few to all, their errors, and the price of an error."""
         axis = self.visit.layer.axes[name]
         errors = [_error(decision) for decision in decisions]
         sizes = [decision.evidence[axis.size] for decision in decisions]
-        price = cost / max(_error(middle), 1e-12)
+        price = cost / max(_error(_middle(decisions)), 1e-12)
         return [[*reversed(sizes), axis.units], [*reversed(errors), 0.0], price]
 
     def _without_blocks(self) -> Iterator[tuple[str, Decision]]:
@@ -134,6 +135,11 @@ class _Pricing:
             return None
         gap = range(behind, behind + 1)
         return Decision(weights=bridged(self.decoder, self.visit, gap, BRIDGING))
+
+
+def _middle(decisions: Sequence[Decision]) -> Decision:
+    """That of some sizes whose cost is measured."""
+    return decisions[len(decisions) // 2]
 
 
 def _error(decision: Decision) -> float:

@@ -8,15 +8,16 @@ of blocks that do, learns to put out the hidden states behind the gap, all the w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, FEED_FORWARD, LayerShape, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.stream import check_finite, walk_cost
 from optimum_prune.calibration.visit import LayerVisit
-from optimum_prune.refit.healing import through
+from optimum_prune.refit.bridging import BRIDGING
+from optimum_prune.refit.healing import gap_behind, through
 from optimum_prune.refit.narrowing import Narrowing
 from optimum_prune.refit.reading import reading_cost, reread
 from optimum_prune.refit.rebuilding import pool
@@ -26,12 +27,10 @@ from optimum_prune.surgery.cuts import Cuts, Decision
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from optimum_prune.anatomy.axis import Axis, Indices
+    from optimum_prune.anatomy.axis import Axis
     from optimum_prune.anatomy.decoder import Decoder
     from optimum_prune.calibration.calibration import Calibration
 
-BRIDGING = 0.1
-"""Damping of what goes all the way over a gap."""
 TOGETHER = 64
 """Units of a rebuilt FFN that go before the rest are ranked anew: it has the units of several to begin with."""
 
@@ -58,10 +57,9 @@ class Wanted:
 
     def gap_behind(self, index: int) -> range:
         """The layers right behind a layer that go."""
-        end = index + 1
-        while end < len(self.layers) and self.layers[end] is None:
-            end += 1
-        return range(index + 1, end)
+        return gap_behind(
+            index, {number: () if layer is None else layer.blocks for number, layer in enumerate(self.layers)}
+        )
 
     def changed_before(self, index: int, shape: Shape) -> bool:
         """Whether anything in front of a layer is not as it was."""
@@ -117,25 +115,26 @@ class _Layer:
         Args:
             changed: whether anything in front of it is.
         """
-        visit, gone = self.visit, [block for block in before.blocks if block not in after.blocks]
-        strength = repairs.narrowing.correction if changed else 0.0
+        visit, narrowing, shapes = self.visit, repairs.narrowing, (before, after)
+        gone = [block for block in before.blocks if block not in after.blocks]
+        strength = narrowing.correction if changed else 0.0
         visit.leave_out(gone)
         if ATTENTION in after.blocks:
             if changed:
                 yield from self._reread(ATTENTION, repairs)
             attended = self.reference.behind(ATTENTION) if strength and not gone else None
-            yield from self._narrowed(ATTENTION, before, after, repairs.narrowing)
+            yield from narrowing.of_block(visit, self.calibration, ATTENTION, shapes)
             if attended is not None:
-                yield from self._moved(ATTENTION, attended, repairs.narrowing.damping, strength)
+                yield from self._moved(ATTENTION, attended, narrowing.damping, strength)
         if FEED_FORWARD in after.blocks and changed:
             yield from self._reread(FEED_FORWARD, repairs)
         self.reference.leave()
         gap = wanted.gap_behind(visit.index)
         if gap or gone:
-            yield from self._bridged(before, after, gap, repairs)
+            yield from self._bridged(shapes, gone, gap, repairs)
         else:
             goal = self.reference if strength else None
-            yield from self._narrowed(FEED_FORWARD, before, after, repairs.narrowing, goal)
+            yield from narrowing.of_block(visit, self.calibration, FEED_FORWARD, shapes, goal)
 
     def _once(self, what: str, decide: Callable[[], Decision | None]) -> Iterator[Decision]:
         decision = self.calibration.once(f"{what} of layer {self.visit.index}", decide)
@@ -166,48 +165,30 @@ class _Layer:
 
         yield from self._once(f"output of {block}", decide)
 
-    def _narrowed(
-        self,
-        block: str,
-        before: LayerShape,
-        after: LayerShape,
-        narrowing: Narrowing,
-        goal: LayerVisit | None = None,
+    def _bridged(
+        self, shapes: tuple[LayerShape, LayerShape], gone: Sequence[str], gap: range, repairs: Repairs
     ) -> Iterator[Decision]:
-        """A block's axes narrowed, and what its output is to come near to."""
-        for axis in before.within(block) if block in after.blocks else ():
-            keep, towards = after.units(axis.name), None if axis.groups else goal
-            if keep == axis.units and towards is None:
-                continue
-            decide = partial(self._decided, axis.name, keep, narrowing, towards)
-            decision = self.calibration.once(f"{axis.size} of layer {self.visit.index}", decide)
-            if not axis.groups:
-                kept = cast("Indices", decision.cuts.kept(self.visit.index, axis.name))
-                self.visit.narrow(self.visit.layer.axes[axis.name], kept)
-            yield decision
+        """What is left of the layer, made to put out the hidden states behind the gap.
 
-    def _decided(self, name: str, keep: int, narrowing: Narrowing, goal: LayerVisit | None) -> Decision:
-        (decision,) = narrowing.decisions(self.visit, name, (keep,), goal)
-        return decision
-
-    def _bridged(self, before: LayerShape, after: LayerShape, gap: range, repairs: Repairs) -> Iterator[Decision]:
-        """What is left of the layer, made to put out the hidden states behind the gap."""
+        Args:
+            gone: the blocks of it that go.
+        """
         far = through(self.dense, self.reference, gap)
         check_finite(far, f"Decoder layer {self.visit.index}", self.visit.activations)
-        if FEED_FORWARD not in after.blocks:
+        if FEED_FORWARD not in shapes[1].blocks:
             yield from self._moved(ATTENTION, far, BRIDGING, 1.0)
             return
         goal = LayerVisit(
             self.visit.layer, [(batch, states) for (batch, _), states in zip(self.visit.stream, far, strict=True)]
         )
-        narrowing = Narrowing(BRIDGING, 1.0, repairs.narrowing.step, one_shot=repairs.narrowing.one_shot)
+        narrowing = replace(repairs.narrowing, damping=BRIDGING, correction=1.0)
         found = pool(self.dense, self.hidden, self.visit, gap) if gap and repairs.rebuild else None
         if found is None:
-            yield from self._narrowed(FEED_FORWARD, before, after, narrowing, goal)
+            yield from narrowing.of_block(self.visit, self.calibration, FEED_FORWARD, shapes, goal)
             return
-        found.visit.leave_out([block for block in BLOCKS if block in before.blocks and block not in after.blocks])
-        narrowing = Narrowing(BRIDGING, 1.0, max(TOGETHER, narrowing.step))
-        decide = partial(found.decision, after.units(found.axis.name), narrowing, goal)
+        found.visit.leave_out(gone)
+        narrowing = replace(narrowing, step=max(TOGETHER, narrowing.step))
+        decide = partial(found.decision, shapes[1].units(found.axis.name), narrowing, goal)
         yield from self._once("rebuilt FFN", decide)
         self.visit.forget(FEED_FORWARD)
 

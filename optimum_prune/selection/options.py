@@ -89,12 +89,10 @@ def hull(options: Iterable[Option]) -> list[Option]:
     """Those on the lower hull of cost over size, from large and free to small and dear."""
     found: list[Option] = []
     for option in sorted(options, key=lambda each: (-each.size, each.cost)):
-        if found and (option.size == found[-1].size or option.cost <= found[-1].cost):
-            if option.size < found[-1].size:  # as good, and smaller
-                while found and option.cost <= found[-1].cost:
-                    found.pop()
-            else:
-                continue
+        if found and option.size == found[-1].size:
+            continue
+        while found and option.cost <= found[-1].cost:  # as good, and larger
+            found.pop()
         while len(found) > 1 and _price(found[-1], option) < _price(found[-2], found[-1]):
             found.pop()
         found.append(option)
@@ -119,15 +117,12 @@ def chosen(layers: Sequence[Sequence[Option]], size: float) -> list[Option]:
     )
     taken = [0] * len(layers)
     total = math.fsum(options[0].size for options in layers)
-    last = None
     for _, index, place in steps:
         if total <= size:
             break
-        last = index
         total -= layers[index][taken[index]].size - layers[index][place].size
         taken[index] = place
-    if last is not None and total < size:
-        _give_back(layers, taken, size - total)
+    _give_back(layers, taken, size - total)
     return [options[place] for options, place in zip(layers, taken, strict=True)]
 
 

@@ -45,7 +45,7 @@ def test_tokens_are_drawn_as_they_are_predicted(name, decoder):
 
 
 @pytest.mark.parametrize("name", ["llama"])
-def test_it_does_not_matter_how_many_pieces_are_written_at_a_time(name, decoder, monkeypatch):
+def test_pieces_that_are_written_one_by_one_make_as_many_windows(name, decoder, monkeypatch):
     given = tiny.windows(4)
     whole = own_text(decoder, given, 5)
     monkeypatch.setattr(module, "MEMORY", 1)

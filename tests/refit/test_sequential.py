@@ -18,19 +18,6 @@ from optimum_prune.surgery.operation import carry_out, changed_layer, sharing_co
 
 PLAIN = Repairs(Narrowing(0.01))
 EVERYTHING = Repairs(Narrowing(0.2, 0.25), reading=0.5)
-FAMILIES = (
-    "llama",
-    "llama-tied",
-    "qwen3",
-    "gemma2",
-    "gpt2",
-    "gpt_neox",
-    "opt",
-    "phi3",
-    "mixtral",
-    "cohere",
-    "deepseek_v2",
-)
 
 
 def made(decoder: Decoder, wanted: Wanted, repairs: Repairs, windows) -> tuple[Decoder, list[Decision]]:
@@ -58,7 +45,7 @@ def mixed(decoder: Decoder) -> Wanted:
     return Wanted([narrow[0], layers[1].without(ATTENTION, attention), layers[2], None, narrow[4], layers[5]])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", tiny.SOME)
 @pytest.mark.parametrize("repairs", [PLAIN, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 def test_a_model_gets_the_sizes_that_are_wanted_and_reloads(name, repairs, padded, decoder, tmp_path):

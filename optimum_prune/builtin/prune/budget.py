@@ -1,6 +1,6 @@
 """One budget: the model of a given size that predicts best, whatever has to go for it.
 
-What it costs to narrow each axis of each layer, or to leave out each of its blocks, or the layer, is measured as the divergence of the
+What it costs to narrow each axis of each layer, to leave out its attention, or the layer, is measured as the divergence of the
 model's predictions, on text that is given and on text that the model writes itself (`refit/pricing.py`). From these prices follow the
 best choices of the size asked for (`selection/options.py`), as in Tyr-the-Pruner (arXiv 2503.09657) and MultiPruner (arXiv 2501.09949) over every
 kind of unit at once. The best few are made on some windows and measured on others, and the one that loses least is made anew on all, layer
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from optimum_prune.anatomy.shape import FEED_FORWARD, LayerShape, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
-from optimum_prune.calibration.kinds import HELD_OUT, HELD_OUT_LENGTH, TextKinds
 from optimum_prune.calibration.own_text import own_text_cost
 from optimum_prune.errors import RecipeError
 from optimum_prune.hooks.marker import hookimpl
@@ -29,6 +28,7 @@ from optimum_prune.refit.narrowing import Narrowing
 from optimum_prune.refit.pricing import priced, pricing_cost
 from optimum_prune.refit.sequential import Repairs, Wanted, bringing_cost, brought_to
 from optimum_prune.selection.allowed import BLOCKS, Allowed
+from optimum_prune.selection.kinds import HELD_OUT, HELD_OUT_LENGTH, TextKinds
 from optimum_prune.selection.options import Prices, frontier
 from optimum_prune.selection.shapes import (
     Choice,

@@ -13,11 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import repeat
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, FEED_FORWARD, LayerShape, Shape
+from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD, LayerShape, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.stream import walk_cost
 from optimum_prune.errors import RecipeError
@@ -35,7 +34,6 @@ from optimum_prune.surgery.cuts import Decision
 if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder
     from optimum_prune.calibration.calibration import Calibration
-    from optimum_prune.calibration.visit import LayerVisit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,35 +177,10 @@ class Osscar(PrunePass):
             if visit.index in self.protect:
                 continue
             before, target = shape.layers[visit.index], targets[visit.index]
-            yield from self._narrowed(visit, calibration, (before, target), reference if changed else None)
+            yield from self._narrowing.of_block(visit, calibration, ATTENTION, (before, target))
+            goal = reference if changed else None
+            yield from self._narrowing.of_block(visit, calibration, FEED_FORWARD, (before, target), goal)
             changed |= target != before
-
-    def _narrowed(
-        self,
-        visit: LayerVisit,
-        calibration: Calibration,
-        shapes: tuple[LayerShape, LayerShape],
-        reference: LayerVisit | None,
-    ) -> Iterator[Decision]:
-        """How a layer becomes what it is to be; each axis decided once, even if the run is killed and goes on."""
-        before, target = shapes
-        for block in BLOCKS:
-            for axis in before.within(block):
-                keep, corrected = (
-                    target.units(axis.name),
-                    reference is not None and block == FEED_FORWARD and not axis.groups,
-                )
-                if keep == axis.units and not corrected:
-                    continue
-                decide = partial(self._decision, visit, axis.name, keep, reference)
-                decision = calibration.once(f"{axis.size} of layer {visit.index}", decide)
-                if not axis.groups:
-                    visit.narrow(visit.layer.axes[axis.name], decision.cuts.kept(visit.index, axis.name))  # type: ignore[arg-type]
-                yield decision
-
-    def _decision(self, visit: LayerVisit, name: str, keep: int, reference: LayerVisit | None) -> Decision:
-        (decision,) = self._narrowing.decisions(visit, name, (keep,), reference)
-        return decision
 
     # Which layer is to keep how much
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from optimum_prune.calibration.own_text import own_text
+from optimum_prune.selection.divergence import split
 from optimum_prune.text.windows import Windows, joined
 
 if TYPE_CHECKING:
@@ -40,14 +41,10 @@ class TextKinds:
 
     def fitted(self, most: int | None = None) -> Windows:
         """Those to fit to, of each kind no more than so many."""
-        return joined([_split(windows)[0].part(slice(most)) for windows in self.kinds.values()])
+        return joined(
+            [split(windows, HELD_OUT, HELD_OUT_LENGTH)[0].part(slice(most)) for windows in self.kinds.values()]
+        )
 
     def held_out(self) -> dict[str, Windows]:
         """Those to measure on, shorter, by their kind; a single window serves for both."""
-        return {name: _split(windows)[1] for name, windows in self.kinds.items()}
-
-
-def _split(windows: Windows) -> tuple[Windows, Windows]:
-    held_out = min(HELD_OUT, max(len(windows) // 4, 1))
-    fitted = windows.part(slice(0, max(len(windows) - held_out, 1)))
-    return fitted, windows.part(slice(len(windows) - held_out, None), slice(HELD_OUT_LENGTH))
+        return {name: split(windows, HELD_OUT, HELD_OUT_LENGTH)[1] for name, windows in self.kinds.items()}
