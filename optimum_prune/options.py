@@ -16,6 +16,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from optimum_prune.bounds import Bounds
 from optimum_prune.errors import OptimumPruneError, PluginError, RecipeError, reason, shown, unknown
 
 T = TypeVar("T")
@@ -23,40 +24,6 @@ PARTS = "parts"
 """In the metadata of a field: a tuple of dataclasses with options, which whoever reads a recipe builds."""
 LARGEST = 2**63 - 1
 """The largest whole number, and the smallest below 0, that an option may be: what tensors can be indexed with."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Bounds:
-    """The numbers that an option may be."""
-
-    at_least: float | None = None
-    at_most: float | None = None
-    above: float | None = None
-    below: float | None = None
-    one_of: tuple[float, ...] = ()
-    """The only ones, if any are named."""
-    or_else: float | None = None
-    """One that the others do not hold for, such as -1 for none."""
-
-    def allow(self, value: float) -> bool:
-        """Whether a number is within them."""
-        return value == self.or_else or (
-            (self.at_least is None or value >= self.at_least)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.above is None or value > self.above)
-            and (self.below is None or value < self.below)
-            and (not self.one_of or value in self.one_of)
-        )
-
-    def __str__(self) -> str:
-        """Such as "at least 0 and below 1", or "2, 3, 4 or 8"; empty if there are none."""
-        named = ("at_least", "above", "at_most", "below")
-        given = ((name, getattr(self, name)) for name in named)
-        text = " and ".join(f"{name.replace('_', ' ')} {value}" for name, value in given if value is not None)
-        if self.one_of:
-            *others, last = map(str, self.one_of)
-            text = f"{', '.join(others)} or {last}" if others else last
-        return text if self.or_else is None else f"{text}, or {self.or_else}"
 
 
 def option(
@@ -70,6 +37,7 @@ def option(
     one_of: tuple[float, ...] = (),
     or_else: float | None = None,
     or_number: bool = False,
+    each_by_itself: bool = False,
 ) -> Any:
     """A dataclass field with the sentence that documents it in `--help`, in errors and in the README.
 
@@ -82,10 +50,12 @@ def option(
         below: a number that exceeds every value.
         one_of: the only numbers, where there are few. (For texts there is `Literal`.)
         or_else: a number that the other bounds do not hold for, such as -1 for none.
-        or_number: whether a text may be given as a whole number without quotes, such as a size in bytes.
+        or_number: whether a text may be given as a number without quotes, such as a size in bytes.
+        each_by_itself: whether a command may be given several values, each for a model of its own.
     """
     bounds = Bounds(at_least=at_least, at_most=at_most, above=above, below=below, one_of=one_of, or_else=or_else)
-    return dataclasses.field(default=default, metadata={"help": help, "bounds": bounds, "or_number": or_number})
+    metadata = {"help": help, "bounds": bounds, "or_number": or_number, "each_by_itself": each_by_itself}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +73,7 @@ class Option:
     help: str
     bounds: Bounds = Bounds()
     or_number: bool = False
+    each_by_itself: bool = False
 
     def parse(self, value: object, where: str) -> Any:
         """The value in this option's type, from plain data.
@@ -140,6 +111,8 @@ class Option:
             return str(int(value)) if self.or_number else int(value)
         if isinstance(value, numbers.Real) and not isinstance(value, (bool, float)):
             return float(value)
+        if self.or_number and isinstance(value, float):
+            return str(value)
         return str(value) if self.kind is str and isinstance(value, os.PathLike) else value
 
     def check(self, value: object, where: str) -> None:
@@ -241,6 +214,7 @@ def _option(cls: type, field: dataclasses.Field[Any], hint: Any) -> Option:
         help=field.metadata.get("help", ""),
         bounds=field.metadata.get("bounds", Bounds()),
         or_number=field.metadata.get("or_number", False),
+        each_by_itself=field.metadata.get("each_by_itself", False),
     )
 
 

@@ -14,6 +14,7 @@ import optimum_prune
 ROOT = Path(optimum_prune.__file__).parent
 ORDER = (
     "errors",
+    "bounds",
     "options",
     "machine",
     "text",

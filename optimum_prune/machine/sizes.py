@@ -24,27 +24,30 @@ UNITS = {
 """Bytes of the units that a size may have."""
 
 
-def size_of(text: str) -> int:
+def size_of(text: str, what: str = "memory") -> int:
     """The bytes that a size such as 8GiB, 500 MB or 1000000 means.
+
+    Args:
+        what: it is the size of, for the error.
 
     Raises:
         RecipeError: it means none.
     """
     match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([A-Za-z]*)B?", text.strip())
     if match is None or match[2].upper() not in UNITS:
-        raise RecipeError(f"The memory {shown(text)} is no size. Give a number with a unit, such as 8GiB or 500MB.")
+        raise RecipeError(f"The {what} {shown(text)} is no size. Give a number with a unit, such as 8GiB or 500MB.")
     size = float(match[1]) * UNITS[match[2].upper()]
     if size > LARGEST:
         raise RecipeError(
-            f"The memory {shown(text)} is more than any machine has. Give less, or nothing for all of it."
+            f"The {what} {shown(text)} is more than any machine has. Give less, or nothing for all of it."
         )
     return int(size)
 
 
 def check_unit(memory: str) -> None:
     """Refuses a size in bytes that is hardly meant."""
-    size = size_of(memory)
-    if memory.strip().isdigit() and 0 < size < SMALLEST:
+    size, plain = size_of(memory), memory.strip().replace(".", "", 1)
+    if plain.isdigit() and 0 < float(memory) < SMALLEST:
         likely = "GiB" if size <= 2**10 else "MiB"
         raise RecipeError(
             f"The memory {memory} is {size} bytes, which hold nothing. Did you mean {size}{likely}? Give the unit."
