@@ -25,6 +25,8 @@ def add_flag(option: Option, parser: argparse._ActionsContainer, *aliases: str, 
     default = "" if option.required or option.default is None else f"default: {option.default}"
     aside = "; ".join(part for part in (str(option.bounds), default) if part)
     text = (f"{option.help} ({aside})" if aside else option.help).replace("%", "%%")
+    if option.each_by_itself and once:
+        text += " Several make a model each, in folders of their own."
     common: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS, "dest": option.name}
     if option.kind is bool:
         parser.add_argument(*flags, action=_Switch if once else argparse.BooleanOptionalAction, **common)
@@ -33,10 +35,11 @@ def add_flag(option: Option, parser: argparse._ActionsContainer, *aliases: str, 
         common["choices"] = option.choices
     if option.kind is not str:
         common["type"] = {int: whole_number, float: number}[option.kind]
-    if option.many:
+    several = option.many or (option.each_by_itself and once)
+    if several:
         common["nargs"] = "+"
     metavar = {} if option.choices else {"metavar": METAVARS[option.kind]}
-    action: Any = "extend" if option.many else _Once if once else "store"
+    action: Any = "extend" if several else _Once if once else "store"
     parser.add_argument(*flags, action=action, required=option.required, **metavar, **common)
 
 

@@ -6,13 +6,14 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from optimum_prune.anatomy.counts import Counts, count_parameters
 from optimum_prune.checkpoint import saving
 from optimum_prune.checkpoint.opening import length_limit
-from optimum_prune.cli.flags import CALIBRATION, SETTINGS, given, overridden, texts_given
+from optimum_prune.cli.flags import CALIBRATION, SETTINGS, each_by_itself, given, overridden, texts_given
 from optimum_prune.conversion.conversion import folder_bytes
 from optimum_prune.conversion.interpreter import check_environment, not_looked_at
 from optimum_prune.errors import RecipeError, printable, reason
@@ -33,16 +34,24 @@ from optimum_prune.recipe import Recipe, Settings
 from optimum_prune.report.tables import aligned
 from optimum_prune.report.written import counts_of, writer_of
 from optimum_prune.run.compress import compress
+from optimum_prune.run.several import compress_each, table_of
 from optimum_prune.text.drawing import Reader, evaluation_windows
 from optimum_prune.text.text import Text
 from optimum_prune.text.windows import Windows
 
 
 def prune(arguments: argparse.Namespace, plugins: Plugins) -> None:
-    """`prune METHOD`: a recipe of one pass."""
+    """`prune METHOD`: a recipe of one pass, or several of one pass each."""
     step = arguments.pass_class
     options = given(arguments, {name: name for name in options_of(step)})
-    _compress(overridden(Recipe(passes=(build(step, options, f"pass '{step.name}'"),)), arguments), arguments)
+    recipes = {
+        name: overridden(Recipe(passes=(build(step, each, f"pass '{step.name}'"),)), arguments)
+        for name, each in each_by_itself(step, options, arguments.output).items()
+    }
+    if len(recipes) == 1:
+        _compress(next(iter(recipes.values())), arguments)
+    else:
+        _compress_each(recipes, arguments)
 
 
 def run(arguments: argparse.Namespace, plugins: Plugins) -> None:
@@ -81,6 +90,18 @@ def _compress(recipe: Recipe, arguments: argparse.Namespace) -> None:
     except NotPrintedError as error:  # the run is finished, and its report lies there
         if not error.nobody_reads:
             print(f"{saved}. {error}", file=sys.stderr)
+
+
+def _compress_each(recipes: Mapping[str, Recipe], arguments: argparse.Namespace) -> None:
+    reports = compress_each(
+        recipes,
+        path_of(arguments.output),
+        overwrite=arguments.overwrite,
+        resume=arguments.resume,
+        progress=Progress.for_terminal(arguments.quiet),
+    )
+    if not arguments.quiet and processes.first():
+        say(arguments.out, f"{table_of(reports)}\nSaved to {printable(arguments.output)}")
 
 
 def plan(arguments: argparse.Namespace, plugins: Plugins) -> None:

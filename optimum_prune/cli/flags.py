@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from optimum_prune.cli.arguments import add_flag
+from optimum_prune.errors import RecipeError
 from optimum_prune.machine.given_files import path_of
 from optimum_prune.options import as_plain, build, options_of
+from optimum_prune.passes.base import Pass
 from optimum_prune.recipe import Recipe, Settings
 from optimum_prune.text.text import Text
 from optimum_prune.text.training import Training
@@ -102,6 +104,37 @@ def _folder(text: str) -> str:
 def given(arguments: argparse.Namespace, names: Mapping[str, str]) -> dict[str, Any]:
     """What was given of the flags `names`, under the names of the options they stand for."""
     return {option: getattr(arguments, flag) for flag, option in names.items() if hasattr(arguments, flag)}
+
+
+LIBRARY = "library"
+"""The option of a pass, and the folder within the output, in which models of one command have in common what they are chosen by."""
+
+
+def each_by_itself(step: type[Pass], options: Mapping[str, Any], output: str) -> dict[str, dict[str, Any]]:
+    """What was given of the options of a pass, for each model that is to be made of it, by the name of its folder.
+
+    Raises:
+        RecipeError: two options have several values, or one has a value twice.
+    """
+    plain = dict(options)
+    several = {}
+    for name, option in options_of(step).items():
+        values = plain.get(name)
+        if option.each_by_itself and isinstance(values, list):
+            plain[name] = values[0]
+            if len(values) > 1:
+                several[name] = values
+    if not several:
+        return {"": plain}
+    if len(several) > 1:
+        raise RecipeError(f"{step.name} has several values of {' and of '.join(several)}. Give several of one only.")
+    ((name, values),) = several.items()
+    if LIBRARY in options_of(step):
+        plain.setdefault(LIBRARY, str(path_of(output) / LIBRARY))
+    found = {f"{name.replace('_', '-')}-{value}".replace(" ", ""): {**plain, name: value} for value in values}
+    if len(found) < len(values):
+        raise RecipeError(f"{step.name} has a value of {name} twice: {', '.join(map(str, values))}. Give each once.")
+    return found
 
 
 def texts_given(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:

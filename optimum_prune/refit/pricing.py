@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +26,12 @@ from optimum_prune.selection.allowed import Allowed
 from optimum_prune.selection.divergence import Divergence, trial_cost
 from optimum_prune.selection.options import Curve, Prices
 from optimum_prune.surgery.cuts import Cuts, Decision
+from optimum_prune.surgery.norms import idle_norms
 from optimum_prune.surgery.operation import changed_layer
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from optimum_prune.anatomy.decoder import Decoder
     from optimum_prune.calibration.calibration import Calibration
     from optimum_prune.calibration.visit import LayerVisit
@@ -122,11 +125,10 @@ class _Pricing:
 
     def _parameters(self, decision: Decision) -> int:
         """How many go with what a decision leaves out: norms may, too."""
-        left = changed_layer(self.decoder, decision, self.visit.index)
-        before, after = (
-            sum(each.numel() for each in module.parameters()) for module in (self.visit.layer.module, left)
-        )
-        return before - after
+        layer = self.visit.layer
+        left = replace(layer, module=changed_layer(self.decoder, decision, self.visit.index))
+        idle = (left.module.get_submodule(name) for name in idle_norms(left))
+        return _count(layer.module) - _count(left.module) + sum(map(_count, idle))
 
     def _without_next(self) -> Decision | None:
         """How the layer is that bridges the gap that the one behind it leaves; None if that may not go."""
@@ -135,6 +137,10 @@ class _Pricing:
             return None
         gap = range(behind, behind + 1)
         return Decision(weights=bridged(self.decoder, self.visit, gap, BRIDGING))
+
+
+def _count(module: nn.Module) -> int:
+    return sum(each.numel() for each in module.parameters())
 
 
 def _middle(decisions: Sequence[Decision]) -> Decision:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD, AxisShape, LayerShape, Shape
 from optimum_prune.errors import RecipeError
+from optimum_prune.selection.measures import Measure
 from optimum_prune.selection.options import Curve, Prices
-from optimum_prune.selection.shapes import size_of
 from optimum_prune.selection.targets import Target
 
 LAYERS, BLOCKS = "layers", "blocks"
@@ -64,14 +64,11 @@ class Allowed:
         """Of each of these axes, the sizes at which it is looked what they cost, from many to few."""
         return {name: _some(sizes) for name, sizes in self.sizes(index, layer).items()}
 
-    def check(self, shape: Shape, parameters: float) -> None:
+    def check(self, shape: Shape) -> None:
         """Refuses what cannot be.
 
-        Args:
-            parameters: that are to be left.
-
         Raises:
-            RecipeError: a name is not there, layers are not alike, or that few parameters cannot be left.
+            RecipeError: a name is not there, or layers are not alike.
         """
         inner = (axis.name for layer in shape.layers for axis in layer.axes if axis.inner)
         known = dict.fromkeys([LAYERS, BLOCKS, *inner])
@@ -84,19 +81,13 @@ class Allowed:
             raise RecipeError(
                 f"{self.step} has form 'stock', in which all layers are alike, and those of this model are not. Use the form 'heterogeneous'."
             )
-        least = self._least(shape)
-        if parameters < least:
-            raise RecipeError(
-                f"{self.step} is to keep {parameters / shape.parameters:.4g} of the parameters, and by what may go here it can keep "
-                f"{least / shape.parameters:.3f} at least. Ask for more{', or allow more' if self.names else ''}."
-            )
 
-    def _least(self, shape: Shape) -> float:
-        """Parameters that are left at least: of two layers beside each other, one stays."""
-        left, gone = float(shape.rest.parameters), False
+    def smallest(self, shape: Shape, measure: Measure) -> float:
+        """What the smallest model has that may be left: of two layers beside each other, one stays."""
+        left, gone = measure.of_rest(shape.rest), False
         for index, layer in enumerate(shape.layers):
             gone = self.may_go(index) and not gone
-            left += 0.0 if gone else min(size_of(way) for way, _ in self._free(index, layer).ways())
+            left += 0.0 if gone else min(measure.of(index, way) for way, _ in self._free(index, layer).ways() if way)
         return left
 
     def _free(self, index: int, layer: LayerShape) -> Prices:

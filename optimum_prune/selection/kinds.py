@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
+from optimum_prune.anatomy.workload import Workload
 from optimum_prune.calibration.own_text import own_text
 from optimum_prune.selection.divergence import split
 from optimum_prune.text.windows import Windows, joined
@@ -16,6 +19,16 @@ if TYPE_CHECKING:
 
 HELD_OUT, HELD_OUT_LENGTH = 5, 256
 """Windows of each kind that are measured on, at most, and tokens of these that are used."""
+
+
+def held_out_work(work: Workload, own: int) -> Workload:
+    """That of the windows to measure on.
+
+    Args:
+        own: windows of the model's own text.
+    """
+    counts = (min(HELD_OUT, max(each // 4, 1)) for each in (work.windows, own, work.windows) if each)
+    return work.on(sum(counts), min(HELD_OUT_LENGTH, work.length))
 
 
 @dataclass(frozen=True)
@@ -30,8 +43,8 @@ class TextKinds:
         given = calibration.windows
         kinds = {"the text given": given}
         if count:
-            tokens = calibration.once("own text", lambda: own_text(decoder, given, count).tokens)
-            kinds["the model's own"] = Windows.from_tokens(tokens.to(given.tokens), given.source, given.bos)
+            tokens = calibration.once("own text", lambda: own_text(decoder, given, count).tokens.tolist())
+            kinds["the model's own"] = Windows.from_tokens(given.tokens.new_tensor(tokens), given.source, given.bos)
         return cls(kinds)
 
     @property
@@ -46,5 +59,19 @@ class TextKinds:
         )
 
     def held_out(self) -> dict[str, Windows]:
-        """Those to measure on, shorter, by their kind; a single window serves for both."""
-        return {name: split(windows, HELD_OUT, HELD_OUT_LENGTH)[1] for name, windows in self.kinds.items()}
+        """Those to measure on, shorter, by their kind; a single window serves for both.
+
+        One kind more is a passage of the text given, twice: few heads tell what was there before, and on most text nobody misses them.
+        """
+        found = {name: split(windows, HELD_OUT, HELD_OUT_LENGTH)[1] for name, windows in self.kinds.items()}
+        given = next(iter(found.values()))
+        return {**found, "a passage twice": _half_twice(given)}
+
+
+def _half_twice(windows: Windows) -> Windows:
+    """As many tokens: those of the first half, and the same again."""
+    half = -(-windows.length // 2)
+    tokens, mask = (
+        torch.cat([each[:, :half]] * 2, dim=1)[:, : windows.length] for each in (windows.tokens, windows.mask)
+    )
+    return Windows(tokens, mask, windows.source, windows.bos)

@@ -4,95 +4,119 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
 from optimum_prune.anatomy.shape import LayerShape, Shape
-from optimum_prune.selection.options import Option, Prices, chosen, hull
+from optimum_prune.selection.measures import Measure, whole
+from optimum_prune.selection.options import Option, Prices, chosen, frontier, hull
 
 Choice = tuple[LayerShape | None, ...]
 """Of each layer, what is left of it."""
+Priced = tuple[Choice, float]
+"""A choice, and its cost."""
 
 
-def size_of(shape: LayerShape | None) -> float:
-    """Parameters of what is left of a layer."""
-    return 0.0 if shape is None else float(shape.parameters)
+@dataclass(frozen=True)
+class PriceList:
+    """What it costs to leave each layer of a model in whichever way, and what it has of what is to become less."""
+
+    layers: Sequence[Prices]
+    rest: LayerShape
+    """What belongs to no layer."""
+    measure: Measure
+
+    def size(self, choice: Choice) -> float:
+        """Of a whole model."""
+        return whole(self.measure, choice, self.rest)
+
+    def _options(self) -> list[list[Option]]:
+        """Of each layer, the hull of the ways in which it may be left."""
+        return [hull(self._ways(index, prices)) for index, prices in enumerate(self.layers)]
+
+    def _ways(self, index: int, prices: Prices) -> Iterator[Option]:
+        for shape, cost in prices.ways():
+            if math.isfinite(cost):
+                yield Option(shape, 0.0 if shape is None else self.measure.of(index, shape), cost)
+
+    def frontier(self) -> list[tuple[float, float]]:
+        """Sizes of whole models, from all to the smallest, and what the best choice of each would cost if costs added up."""
+        rest = self.measure.of_rest(self.rest)
+        return [(size + rest, cost) for size, cost in frontier(self._options())]
+
+    def kinds(self) -> list[PriceList]:
+        """Of everything that may go, without whole layers, and of units alone."""
+        without_layers = [replace(each, whole=None) for each in self.layers]
+        units_alone = [replace(each, whole=None, blocks={}) for each in self.layers]
+        return [self, replace(self, layers=without_layers), replace(self, layers=units_alone)]
+
+    def within(self, size: float) -> list[Priced]:
+        """The best choice of no more than a size, each layer its own; none if that is out of reach."""
+        picked = chosen(self._options(), size - self.measure.of_rest(self.rest))
+        choice = tuple(option.shape for option in picked)
+        found = [(choice, math.fsum(option.cost for option in picked))]
+        return found if self.size(choice) <= size * (1 + 1e-3) else []
+
+    def even(self, size: float, most: int) -> list[Priced]:
+        """The best choices in which all layers that stay are alike, nearest to a size.
+
+        For each number of layers that go, and each number of units of the axes but one, that one is narrowed to what is nearest.
+
+        Args:
+            most: of the choices.
+        """
+        first = self.layers[0]
+        widest = max(first.curves, key=lambda name: len(first.multiples[name]), default=None)
+        if widest is None:
+            sizes: Mapping[str, Sequence[int]] = {}
+        else:
+            sizes = {name: first.multiples[name] for name in first.curves if name != widest}
+        found: dict[Choice, float] = {}
+        for gone in range(len(self.layers) // 2 + 1):
+            for units in product(*sizes.values()):
+                choice = self._even(gone, dict(zip(sizes, units, strict=True)), widest, size)
+                if choice is not None:
+                    found[choice[0]] = choice[1]
+        return sorted(((choice, cost) for choice, cost in found.items() if math.isfinite(cost)), key=cost_of)[:most]
+
+    def _even(self, gone: int, units: Mapping[str, int], widest: str | None, size: float) -> Priced | None:
+        """The best choice with so many layers gone and these units, the widest axis narrowed to what is left of a size; None without any."""
+        first = self.layers[0]
+        fits = [first.shape.narrowed(units)]
+        if widest is not None:
+            fits = [fits[0].narrowed({widest: each}) for each in first.multiples[widest]]
+        stay, room = len(self.layers) - gone, size - self.measure.of_rest(self.rest)
+        sizes = [stay * self._on_average(shape) for shape in fits]
+        nearest = min(range(len(fits)), key=lambda place: abs(sizes[place] - room))
+        step = max((abs(a - b) for a, b in pairwise(sizes)), default=stay)
+        if abs(sizes[nearest] - room) > step / 2:
+            return None
+        return self._with_gone(gone, fits[nearest])
+
+    def _on_average(self, shape: LayerShape) -> float:
+        """The size of a layer that is left so."""
+        return math.fsum(self.measure.of(index, shape) for index in range(len(self.layers))) / len(self.layers)
+
+    def _with_gone(self, gone: int, shape: LayerShape) -> Priced | None:
+        """The best choice with so many layers gone and the others left so; None if not so many may go."""
+        costs = [_cost_as(each, shape) for each in self.layers]
+        gains = sorted(
+            (each.whole - cost, index)
+            for index, (each, cost) in enumerate(zip(self.layers, costs, strict=True))
+            if each.whole is not None
+        )
+        if len(gains) < gone:
+            return None
+        goes = {index for _, index in gains[:gone]}
+        total = math.fsum(
+            self.layers[index].whole or 0.0 if index in goes else cost for index, cost in enumerate(costs)
+        )
+        return tuple(None if index in goes else shape for index in range(len(self.layers))), total
 
 
-def options_of(prices: Prices) -> list[Option]:
-    """The hull of the ways in which a layer may be left."""
-    return hull(Option(shape, size_of(shape), cost) for shape, cost in prices.ways() if math.isfinite(cost))
-
-
-def best_choice(layers: Sequence[Prices], parameters: float) -> tuple[Choice, float]:
-    """The best choice of no more parameters, each layer its own, and its cost."""
-    picked = chosen([options_of(each) for each in layers], parameters)
-    return tuple(option.shape for option in picked), math.fsum(option.cost for option in picked)
-
-
-def choices_among(layers: Sequence[Prices], parameters: float) -> list[tuple[Choice, float]]:
-    """The best choices of no more parameters: of everything that may go, without whole layers, and of units alone."""
-    without_layers = [replace(each, whole=None) for each in layers]
-    units_alone = [replace(each, whole=None, blocks={}) for each in layers]
-    found: dict[Choice, float] = {}
-    for given in (layers, without_layers, units_alone):
-        choice, cost = best_choice(given, parameters)
-        if sum(map(size_of, choice)) <= parameters * (1 + 1e-3):  # it was within reach
-            found.setdefault(choice, cost)
-    return sorted(found.items(), key=_cost)
-
-
-def _cost(choice: tuple[Choice, float]) -> float:
+def cost_of(choice: Priced) -> float:
+    """By prices."""
     return choice[1]
-
-
-def even_choices(layers: Sequence[Prices], parameters: float, most: int) -> list[tuple[Choice, float]]:
-    """The best choices in which all layers that stay are alike, nearest to so many parameters.
-
-    For each number of layers that go, and each number of units of the axes but one, that one is narrowed to what is nearest.
-
-    Args:
-        most: of the choices.
-    """
-    first = layers[0]
-    widest = max(first.curves, key=lambda name: len(first.multiples[name]), default=None)
-    if widest is None:
-        sizes: Mapping[str, Sequence[int]] = {}
-    else:
-        sizes = {name: first.multiples[name] for name in first.curves if name != widest}
-    found: dict[Choice, float] = {}
-    for gone in range(len(layers) // 2 + 1):
-        for units in product(*sizes.values()):
-            narrow = dict(zip(sizes, units, strict=True))
-            choice = _even(layers, gone, narrow, widest, parameters)
-            if choice is not None:
-                found[choice[0]] = choice[1]
-    return sorted(((choice, cost) for choice, cost in found.items() if math.isfinite(cost)), key=_cost)[:most]
-
-
-def _even(
-    layers: Sequence[Prices], gone: int, units: Mapping[str, int], widest: str | None, parameters: float
-) -> tuple[Choice, float] | None:
-    """The best choice with so many layers gone and these units, the widest axis narrowed to what is left of the parameters; None without any."""
-    stay, shape = len(layers) - gone, layers[0].shape.narrowed(units)
-    fits = [shape]
-    if widest is not None:
-        fits = [shape.narrowed({widest: size}) for size in layers[0].multiples[widest]]
-    shape = min(fits, key=lambda each: abs(stay * each.parameters - parameters))
-    step = max((abs(a.parameters - b.parameters) for a, b in pairwise(fits)), default=0)
-    if abs(stay * shape.parameters - parameters) > stay * max(step, 1) / 2:
-        return None
-    costs = [_cost_as(each, shape) for each in layers]
-    gains = sorted(
-        (each.whole - cost, index)
-        for index, (each, cost) in enumerate(zip(layers, costs, strict=True))
-        if each.whole is not None
-    )
-    if len(gains) < gone:
-        return None
-    goes = {index for _, index in gains[:gone]}
-    total = math.fsum(layers[index].whole or 0.0 if index in goes else cost for index, cost in enumerate(costs))
-    return tuple(None if index in goes else shape for index in range(len(layers))), total
 
 
 def _cost_as(prices: Prices, shape: LayerShape) -> float:
@@ -104,9 +128,9 @@ def _cost_as(prices: Prices, shape: LayerShape) -> float:
     )
 
 
-def parameters_of(choice: Choice, shape: Shape) -> float:
+def parameters_of(choice: Choice, shape: Shape) -> int:
     """Of the whole model."""
-    return shape.rest.parameters + sum(map(size_of, choice))
+    return shape.rest.parameters + sum(layer.parameters for layer in choice if layer is not None)
 
 
 def sizes_told(choice: Choice, shape: Shape) -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from optimum_prune.anatomy.shape import FEED_FORWARD, LayerShape, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
+from optimum_prune.calibration.library import kept_in
 from optimum_prune.calibration.own_text import own_text_cost
 from optimum_prune.errors import RecipeError
 from optimum_prune.hooks.marker import hookimpl
@@ -28,16 +29,11 @@ from optimum_prune.refit.narrowing import Narrowing
 from optimum_prune.refit.pricing import priced, pricing_cost
 from optimum_prune.refit.sequential import Repairs, Wanted, bringing_cost, brought_to
 from optimum_prune.selection.allowed import BLOCKS, Allowed
-from optimum_prune.selection.kinds import HELD_OUT, HELD_OUT_LENGTH, TextKinds
-from optimum_prune.selection.options import Prices, frontier
-from optimum_prune.selection.shapes import (
-    Choice,
-    choices_among,
-    even_choices,
-    options_of,
-    parameters_of,
-    sizes_told,
-)
+from optimum_prune.selection.goals import Goal, Limit
+from optimum_prune.selection.kinds import TextKinds, held_out_work
+from optimum_prune.selection.measures import Weights
+from optimum_prune.selection.options import Prices
+from optimum_prune.selection.shapes import Choice, Priced, PriceList, cost_of, parameters_of, sizes_told
 from optimum_prune.selection.targets import Target, check_named_once, check_protected
 from optimum_prune.surgery.cuts import NOTE, Decision
 from optimum_prune.surgery.operation import sharing_copy
@@ -56,12 +52,11 @@ MORE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget(PrunePass):
+class Budget(Limit, PrunePass):
     """Finds the model of a given size that predicts best: fewer layers, blocks, heads, channels or experts' channels, whichever hurt least."""
 
     name: ClassVar[str] = "budget"
     foresees_layers: ClassVar[bool] = False
-    params: float = option("Fraction of all the model's parameters to keep.", above=0, below=1)
     form: Literal["heterogeneous", "stock"] = option(
         "Each layer its own sizes, or all layers alike, which every runtime reads.", "heterogeneous"
     )
@@ -100,10 +95,14 @@ class Budget(PrunePass):
         at_least=1,
         at_most=MORE,
     )
+    library: str | None = option(
+        "A folder to keep in what layers cost, and to take it from: a search for another size begins there.", None
+    )
     step: int = option("Channels removed before the rest are ranked anew; 1 is the exact greedy.", 4, at_least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_limit(self.name)
         check_named_once(self.name, self.protect)
         if self.form == "stock" and self.protect:
             raise RecipeError(
@@ -127,18 +126,21 @@ class Budget(PrunePass):
 
     def foresee(self, shape: Shape) -> Shape:
         check_protected(self.name, self.protect, shape)
-        wanted = self.params * shape.parameters
-        self._allowed.check(shape, wanted)
-        return self._allowed.of_size(shape, wanted)
+        self._allowed.check(shape)
+        if self.share is not None:
+            goal = Goal("params", Weights(), self.share * shape.parameters, shape.parameters)
+            goal.check(self._allowed, shape)
+        return self._allowed.of_size(shape, self.guess * shape.parameters)
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         given, own = work.windows, self._own_windows(work.windows, offloaded=work.offloaded)
-        both, few = work.on(given + own), work.on(min(2 * HELD_OUT, given + own), min(HELD_OUT_LENGTH, work.length))
+        both, few = work.on(given + own), held_out_work(work, own)
         wanted = Wanted(self._evenly(shape))
         fitted = work.on(min(FITTED, given) + min(FITTED, own))
         costs = [pricing_cost(fitted, few, shape, self._allowed, PRICING)]
         if own:
             costs.insert(0, own_text_cost(work, shape, own))
+        costs.insert(0, self.timing_cost(work, shape))
         if self.finalists > 1:
             costs.append(measuring_cost(fitted, few, shape, wanted, self._repairs).times(self.finalists))
         return Cost().followed_by(*costs, bringing_cost(both, shape, wanted, self._repairs))
@@ -146,67 +148,71 @@ class Budget(PrunePass):
     def _evenly(self, shape: Shape) -> list[LayerShape | None]:
         """Of each layer about as much as of all."""
         inner = Target(self.name, FEED_FORWARD, self.protect, self.multiple_of)
-        return list(inner.narrowed(shape, min(1 - self.params, 0.8)).layers)
+        return list(inner.narrowed(shape, min(1 - self.guess, 0.8)).layers)
 
     # Deciding
 
     def decide(self, decoder: Decoder, calibration: Calibration) -> Iterator[Decision]:
         dense = replace(decoder, model=sharing_copy(decoder.model).requires_grad_(False))
-        shape, given = dense.shape(), len(calibration.windows)
-        own = self._own_windows(given, offloaded=lies_on_disk(dense.modules[0]))
-        texts = TextKinds.with_own(dense, calibration, own)
-        few, held_out = calibration.on(texts.fitted(FITTED)), calibration.on(joined(list(texts.held_out().values())))
+        goal = self.goal(self.name, dense, calibration, self._allowed)
+        goal.check(self._allowed, dense.shape())
+        own = self._own_windows(len(calibration.windows), offloaded=lies_on_disk(dense.modules[0]))
+        kept = kept_in(self.library, calibration, dense.model, self._allowed, own)
+        texts = TextKinds.with_own(dense, kept, own)
+        few, held_out = kept.on(texts.fitted(FITTED)), kept.on(joined(list(texts.held_out().values())))
         layers = priced(dense, few, held_out, self._allowed, PRICING)
-        wanted = self.params * shape.parameters - shape.rest.parameters
-        if self.form == "stock":
-            choices = even_choices(layers, wanted, self.finalists)
-        else:
-            choices = choices_among(layers, wanted)[: self.finalists]
-        best, evidence = self._best(dense, calibration, texts, choices)
-        prices = _told(layers, shape)
-        front = [
-            [(size + shape.rest.parameters) / shape.parameters, cost]
-            for size, cost in frontier([options_of(each) for each in layers])
-        ]
-        yield Decision(evidence={**evidence, **prices, "frontier": front, "chosen": list(sizes_told(best, shape))})
+        prices = PriceList(layers, dense.shape().rest, goal.measure)
+        best, evidence = self._best(dense, calibration, texts, goal, self._choices(prices, goal))
+        front = [[size / goal.before, cost] for size, cost in prices.frontier()]
+        times = {"times": goal.times} if goal.times else {}
+        yield Decision(evidence={**evidence, **_told(layers, dense.shape()), "frontier": front, **times})
         yield from brought_to(decoder, dense, calibration.on(texts.all), Wanted(best), self._repairs)
 
+    def _choices(self, prices: PriceList, goal: Goal) -> list[Priced]:
+        """Those of which the best is to be found, by their prices.
+
+        Raises:
+            RecipeError: there is none.
+        """
+        if self.form == "stock":
+            found = goal.found(lambda size: prices.even(size, self.finalists))
+        else:
+            found = [choice for some in prices.kinds() for choice in goal.found(some.within)]
+            found = sorted(dict(found).items(), key=cost_of)[: self.finalists]
+        if not found:
+            alike = " whose layers are all alike" if self.form == "stock" else ""
+            raise RecipeError(
+                f"{self.name} finds no model{alike} of the size asked for. Ask for another, or allow more."
+            )
+        return found
+
     def _best(
-        self,
-        dense: Decoder,
-        calibration: Calibration,
-        texts: TextKinds,
-        choices: Sequence[tuple[Choice, float]],
+        self, dense: Decoder, calibration: Calibration, texts: TextKinds, goal: Goal, choices: Sequence[Priced]
     ) -> tuple[Choice, dict[str, Any]]:
         """The choice that loses least once it is made, and what was considered."""
         shape = dense.shape()
-        if not choices:
-            raise RecipeError(
-                f"budget finds no model of {self.params:.4g} of the parameters whose layers are all alike. Ask for another size, or allow more."
-            )
-        told = [
+        considered = [
             {
                 "parameters": parameters_of(choice, shape) / shape.parameters,
+                **goal.told(choice, shape),
                 "sizes": list(sizes_told(choice, shape)),
                 "nats_per_token_by_prices": cost,
             }
             for choice, cost in choices
         ]
-        if len(choices) == 1:
-            return choices[0][0], {"considered": told}
-        wanted = [Wanted(choice) for choice, _ in choices]
-        held_out = {name: calibration.quiet().on(windows) for name, windows in texts.held_out().items()}
-        found = measured(dense, calibration.on(texts.fitted(FITTED)), held_out, wanted, self._repairs)
-        for each, lost in zip(told, found, strict=True):
-            each["nats_per_token"] = lost
-        means = [sum(lost.values()) / len(lost) for lost in found]
-        best = means.index(min(means))
-        told[best]["best"] = True
-        losses = ", ".join(f"{value:.3f} on {name}" for name, value in found[best].items())
-        return choices[best][0], {
-            "considered": told,
-            NOTE: f"the best of {len(choices)} models that were made loses {losses}, in nats a token",
-        }
+        best, evidence = 0, dict[str, Any](considered=considered)
+        if len(choices) > 1:
+            wanted = [Wanted(choice) for choice, _ in choices]
+            held_out = {name: calibration.quiet().on(windows) for name, windows in texts.held_out().items()}
+            found = measured(dense, calibration.on(texts.fitted(FITTED)), held_out, wanted, self._repairs)
+            for each, lost in zip(considered, found, strict=True):
+                each["nats_per_token"] = lost
+            means = [sum(lost.values()) / len(lost) for lost in found]
+            best = means.index(min(means))
+            losses = ", ".join(f"{value:.3f} on {name}" for name, value in found[best].items())
+            evidence[NOTE] = f"the best of {len(choices)} models that were made loses {losses}, in nats a token"
+        considered[best]["best"] = True
+        return choices[best][0], {**evidence, "chosen": considered[best]["sizes"]}
 
     def keeps(self, shape: Shape, work: Workload) -> float:
         """Where weights stay on disk, so do those of each finalist."""

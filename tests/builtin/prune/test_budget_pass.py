@@ -5,6 +5,7 @@ import json
 
 import pytest
 import tiny
+import torch
 
 from optimum_prune import Calibration, Decoder
 from optimum_prune import testing as conformance
@@ -12,7 +13,10 @@ from optimum_prune.anatomy.shape import ATTENTION
 from optimum_prune.builtin.prune.budget import Budget
 from optimum_prune.errors import RecipeError
 from optimum_prune.hooks.plugins import Plugins
-from optimum_prune.selection.shapes import even_choices, size_of
+from optimum_prune.selection.goals import NEAR
+from optimum_prune.selection.measures import Times, Weights, whole
+from optimum_prune.selection.shapes import PriceList
+from optimum_prune.selection.timing import Stopwatch
 
 WINDOWS = tiny.windows(10)
 
@@ -117,9 +121,9 @@ def test_without_text_of_its_own_only_the_given_text_counts(name, decoder, plugi
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"params": 0.1}, "at least"),
+        ({"params": 0.1}, "at best"),
         ({"params": 0.8, "allow": ("feathers",)}, "'feathers'"),
-        ({"params": 0.3, "allow": ("channels",)}, "or allow more"),
+        ({"params": 0.3, "allow": ("channels",)}, "or allow more to go"),
         ({"params": 0.8, "protect": (9,)}, "the layer 9"),
     ],
     ids=str,
@@ -136,6 +140,123 @@ def test_a_stock_form_takes_nothing_that_makes_layers_differ(options):
 
 
 @pytest.mark.parametrize("name", ["llama"])
+@pytest.mark.parametrize("bytes", ["0.8", "0.18MB"])
+def test_weights_take_no_more_bytes_than_may_be(name, bytes, decoder, plugins):
+    dense = saved_bytes(decoder)
+    small, outcome = pruned(Budget(bytes=bytes, multiple_of=4, finalists=1), decoder, plugins)
+    limit = 0.8 * dense if bytes == "0.8" else 180_000
+    assert 0.9 * limit <= saved_bytes(small) <= limit
+    assert considered(outcome)[0]["bytes"] == saved_bytes(small)
+
+
+def saved_bytes(decoder: Decoder) -> int:
+    """Of all weights, each once."""
+    return sum(value.numel() * value.element_size() for value in decoder.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama"])
+@pytest.mark.parametrize("form", ["heterogeneous", "stock"])
+def test_what_a_served_model_takes_is_no_more_than_may_be(name, form, decoder, plugins):
+    step = Budget(serving_memory="0.7", batch=8, context=64, multiple_of=4, finalists=1, form=form)
+    small, outcome = pruned(step, decoder, plugins)
+    before, after = served_bytes(decoder, 8, 64), served_bytes(small, 8, 64)
+    assert considered(outcome)[0]["serving_memory"] == after
+    assert after == pytest.approx(0.7 * before, rel=0.06)
+    assert sum(layer.units("heads") for layer in small.shape().layers) < sum(
+        layer.units("heads") for layer in decoder.shape().layers
+    )
+
+
+def served_bytes(decoder: Decoder, batch: int, context: int) -> int:
+    """Weights and what the model keeps of so many tokens."""
+    tokens = torch.zeros(batch, context, dtype=torch.long)
+    kept = decoder.model(input_ids=tokens, use_cache=True).past_key_values
+    caches = (each for layer in kept.layers if layer.is_initialized for each in (layer.keys, layer.values))
+    return saved_bytes(decoder) + sum(each.numel() * each.element_size() for each in caches)
+
+
+@pytest.mark.parametrize("name", ["llama"])
+@pytest.mark.parametrize("step", ["prefill_speed", "decode_speed"])
+def test_a_model_is_to_be_so_much_faster_by_a_table_of_times(name, step, decoder, plugins, tmp_path):
+    """Of a layer's ten milliseconds, the FFN takes six; a sixth of it one."""
+    table = {"rest": 0.02, "layer": 0.01, "saved": {"channels": {"0.166667": 0.005}}, "saved_without": {}}
+    (tmp_path / "times.json").write_text(json.dumps(table))
+    options = {step: 1.25, "speed_table": str(tmp_path / "times.json"), "allow": ("channels", "layers")}
+    small, outcome = pruned(Budget(**options, multiple_of=4, finalists=1), decoder, plugins)
+    units = [layer.units("channels") for layer in small.shape().layers]
+    time = 0.02 + sum(0.01 - 0.006 * (1 - width / 64) for width in units)
+    assert time <= 0.08 / 1.25 + 1e-9
+    assert time >= 0.08 / 1.25 - 0.01
+    assert considered(outcome)[0][step] == pytest.approx(0.08 / time, rel=1e-3)
+    assert outcome.evidence[0]["times"] == table
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_what_is_measured_to_be_too_slow_is_asked_for_again(name, decoder, plugins, monkeypatch):
+    """Where the table believes in twice as much as there is to gain."""
+    shapes = decoder.shape().layers
+    told = {"rest": 0.02, "layer": 0.01, "saved": {"channels": {"0.166667": 0.008}}, "saved_without": {}}
+    truth = Times(0.02, 0.01, shapes, {"channels": {1 / 6: 0.005}})
+    asked = []
+
+    def of(_: Stopwatch, choice) -> float:
+        asked.append(choice)
+        return whole(truth, choice, decoder.shape().rest) / 0.08
+
+    monkeypatch.setattr(Stopwatch, "table", lambda *_: Times.read(told, decoder.shape()))
+    monkeypatch.setattr(Stopwatch, "of", of)
+    step = Budget(decode_speed=1.2, context=16, allow=("channels",), multiple_of=1, finalists=1)
+    small, outcome = pruned(step, decoder, plugins)
+    assert len(asked) > 1
+    assert whole(truth, small.shape().layers, decoder.shape().rest) == pytest.approx(0.08 / 1.2, rel=NEAR)
+    assert considered(outcome)[0]["decode_speed"] == pytest.approx(1.2, rel=NEAR)
+
+
+@pytest.mark.parametrize("name", ["llama"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"bytes": "900MB"}, "so it is already"),
+        ({"bytes": "1KB"}, "0.001 MB of weights, and by what may go here it can leave"),
+        ({"serving_memory": "1KB"}, "weights and cache"),
+        ({"decode_speed": 1.1, "context": 10**6}, "takes .* tokens at most"),
+        ({"decode_speed": 50.0, "speed_table": "TABLE"}, "can decode .* times as fast at best"),
+        ({"decode_speed": 1.1, "speed_table": "EMPTY"}, "does not have the times"),
+        ({"decode_speed": 1.1, "speed_table": "MISSING"}, "does not exist"),
+    ],
+    ids=str,
+)
+def test_what_only_the_model_can_tell_is_refused_before_it_is_run_for_long(
+    name, options, said, decoder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    table = {"rest": 0.02, "layer": 0.01, "saved": {"channels": {"0.5": 0.005}}, "saved_without": {}}
+    (tmp_path / "TABLE").write_text(json.dumps(table))
+    (tmp_path / "EMPTY").write_text("{}")
+    step = Budget(**options)
+    step.foresee(decoder.shape())
+    with pytest.raises(RecipeError, match=said):
+        next(step.decide(decoder, Calibration(WINDOWS)))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "is not told how small"),
+        ({"params": 0.8, "bytes": "0.8"}, "params and bytes"),
+        ({"params": 0.8, "context": 5}, "Leave context out"),
+        ({"params": 0.8, "speed_table": "x"}, "Leave speed_table out"),
+        ({"bytes": "a lot"}, "is no size"),
+        ({"decode_speed": 0.9}, "above 1"),
+    ],
+    ids=str,
+)
+def test_one_limit_is_given_and_what_belongs_to_it(options, said):
+    with pytest.raises(RecipeError, match=said):
+        Budget(**options)
+
+
+@pytest.mark.parametrize("name", ["llama"])
 def test_even_choices_are_near_the_size_and_alike(name, decoder):
     from optimum_prune.refit.narrowing import Narrowing
     from optimum_prune.refit.pricing import priced
@@ -145,8 +266,9 @@ def test_even_choices_are_near_the_size_and_alike(name, decoder):
     allowed = Allowed("budget", multiple_of=4, even=True)
     prices = priced(decoder, calibration, calibration, allowed, Narrowing(0.05))
     shape = decoder.shape()
-    wanted = 0.8 * sum(layer.parameters for layer in shape.layers)
-    found = even_choices(prices, wanted, 5)
+    wanted = 0.8 * shape.parameters
+    pricelist = PriceList(prices, shape.rest, Weights())
+    found = pricelist.even(wanted, 5)
     assert 2 <= len(found) <= 5
     assert [cost for _, cost in found] == sorted(cost for _, cost in found)
     for choice, cost in found:
@@ -154,7 +276,7 @@ def test_even_choices_are_near_the_size_and_alike(name, decoder):
         assert len(set(stay)) == 1
         assert choice[0] is not None
         assert cost > 0
-        assert abs(sum(map(size_of, choice)) - wanted) < 0.06 * wanted
+        assert abs(pricelist.size(choice) - wanted) < 0.06 * wanted
 
 
 @pytest.mark.parametrize("name", ["llama"])

@@ -1,0 +1,144 @@
+"""What of a model is to become less: its parameters, its bytes, what it takes of memory when it is served, or its time for a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from optimum_prune.anatomy.shape import ATTENTION, LayerShape, Shape
+
+if TYPE_CHECKING:
+    from optimum_prune.anatomy.decoder import Decoder
+
+TRIED = 4
+"""Tokens on which it is seen what a model keeps of each."""
+
+
+class Measure(Protocol):
+    """Tells how much of it each part of a model has; the parts add up."""
+
+    def of(self, index: int, layer: LayerShape) -> float:
+        """What a decoder layer has, in whatever shape it is left."""
+
+    def of_rest(self, rest: LayerShape) -> float:
+        """What belongs to no decoder layer has."""
+
+
+def whole(measure: Measure, layers: Iterable[LayerShape | None], rest: LayerShape) -> float:
+    """What a model has whose layers are left so, or go where there is None."""
+    left = (0.0 if layer is None else measure.of(index, layer) for index, layer in enumerate(layers))
+    return math.fsum(left) + measure.of_rest(rest)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters, or the bytes that they take."""
+
+    each: float = 1.0
+    """Of a parameter."""
+
+    def of(self, index: int, layer: LayerShape) -> float:  # noqa: ARG002
+        """All that are in it."""
+        return layer.parameters * self.each
+
+    def of_rest(self, rest: LayerShape) -> float:
+        """The same."""
+        return rest.parameters * self.each
+
+
+@dataclass(frozen=True)
+class Served:
+    """Bytes of weights and of the cache of keys and values."""
+
+    weights: Weights
+    shapes: Sequence[LayerShape]
+    """Of the layers as they are."""
+    cache: Sequence[float]
+    """Bytes that each of these keeps."""
+
+    def of(self, index: int, layer: LayerShape) -> float:
+        """A cache is in proportion to the heads that are left, where these can be fewer."""
+        if ATTENTION not in layer.blocks:
+            return self.weights.of(index, layer)
+        shares = [axis.units / self.shapes[index].units(axis.name) for axis in layer.within(ATTENTION)]
+        return self.weights.of(index, layer) + self.cache[index] * math.prod(shares)
+
+    def of_rest(self, rest: LayerShape) -> float:
+        """Nothing there keeps anything."""
+        return self.weights.of_rest(rest)
+
+
+@torch.no_grad()
+def cache_bytes(decoder: Decoder, batch: int, context: int) -> list[float]:
+    """What each layer of a model keeps of so many sequences of so many tokens, as the model itself keeps it."""
+    device = decoder.model.get_input_embeddings().weight.device
+    tokens = torch.zeros(1, TRIED, dtype=torch.long, device=device)
+    kept = decoder.model(input_ids=tokens, use_cache=True).past_key_values
+    return [batch * _bytes_of_layer(each, context) for each in kept.layers]
+
+
+def _bytes_of_layer(kept: Any, context: int) -> float:
+    """Of one sequence; a layer that looks back only so far keeps no more."""
+    longest = min(context, getattr(kept, "sliding_window", None) or context)
+    size: int = sum(each.numel() * each.element_size() for each in (kept.keys, kept.values))
+    return size / TRIED * longest
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds for a step of a model, by the sizes of its layers."""
+
+    rest: float
+    layer: float
+    """Of a layer as it is."""
+    shapes: Sequence[LayerShape]
+    """Of the layers as they are."""
+    saved: Mapping[str, Mapping[float, float]] = field(default_factory=dict)
+    """By axis and the share of its units that is left, the seconds that a layer saves; nothing where all are."""
+    blocks: Mapping[str, float] = field(default_factory=dict)
+    """The seconds that a layer saves without a block."""
+
+    def of(self, index: int, layer: LayerShape) -> float:
+        """Between the shares that are known, in proportion."""
+        before = self.shapes[index]
+        saved = [_between(self.saved.get(axis.name, {}), axis.units / before.units(axis.name)) for axis in layer.axes]
+        saved += [self.blocks.get(block, 0.0) for block in before.blocks if block not in layer.blocks]
+        return max(self.layer - math.fsum(saved), 0.0)
+
+    def of_rest(self, rest: LayerShape) -> float:  # noqa: ARG002
+        """Whatever does not depend on layers."""
+        return self.rest
+
+    def told(self) -> dict[str, Any]:
+        """As plain data, from which `read` makes the same."""
+        axes = {name: {f"{share:.6g}": each for share, each in known.items()} for name, known in self.saved.items()}
+        return {"rest": self.rest, "layer": self.layer, "saved": axes, "saved_without": dict(self.blocks)}
+
+    @classmethod
+    def read(cls, told: Any, shape: Shape) -> Times:
+        """From what `told` returned.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it is something else.
+        """
+        saved = {
+            name: {float(share): float(each) for share, each in known.items()} for name, known in told["saved"].items()
+        }
+        blocks = {name: float(each) for name, each in told["saved_without"].items()}
+        return cls(float(told["rest"]), float(told["layer"]), shape.layers, saved, blocks)
+
+
+def _between(known: Mapping[float, float], share: float) -> float:
+    points = sorted({**known, 1.0: 0.0}.items())
+    if share <= points[0][0]:  # fewer than were tried: on along the line that leads there
+        low, high = (*points, (1.0, 0.0))[:2]
+    else:
+        place = next(place for place, (known_share, _) in enumerate(points) if known_share >= share)
+        low, high = points[place - 1], points[place]
+    if high[0] == low[0]:
+        return low[1]
+    return low[1] + (high[1] - low[1]) * (share - low[0]) / (high[0] - low[0])
