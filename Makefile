@@ -8,6 +8,7 @@ TORCH := torch==2.13.0
 # All plugins in one environment, and one for the library that cannot be in it.
 ALL ?= .venv-plugins
 LLM_COMPRESSOR ?= .venv-llm-compressor
+QUALITY ?= .venv-quality
 PLUGINS := torchao quanto bitsandbytes gptq auto-round llm-compressor onnx openvino executorch gguf peft
 comma := ,
 empty :=
@@ -24,7 +25,7 @@ ONNX := --editable plugins/onnx
 # Fails where anything but the oldest versions of what OPTIMUM_PRUNE_OLDEST names is installed.
 DECLARED := tests/trust/test_declared_versions.py
 
-.PHONY: demo test test-engines test-versions check check-plugins lint format readme grid recovery clean
+.PHONY: demo test test-engines test-versions check check-plugins lint format readme grid recovery quality clean
 
 # The main job on a real model and real text, both from the package registry.
 demo: $(DEMO)/evaluation.txt
@@ -74,6 +75,13 @@ JUDGED ?= $(DEMO)/evaluation.txt
 recovery: $(ALL)/ready $(DEMO)/evaluation.txt
 	$(ALL)/bin/python examples/benchmarks/recovery.py $(DEMO)/model/*.gguf $(DEMO)/calibration.txt $(TRAINING) $(DEMO)/recovery $(JUDGED) --readme README.md
 
+# What each way to make a model smaller costs on texts and in tasks, into the README; takes a night. Name texts, and a folder of tasks as JSON lines.
+TEXTS ?= $(DEMO)/evaluation.txt
+TASKS ?=
+quality: $(QUALITY)/ready $(DEMO)/evaluation.txt
+	$(QUALITY)/bin/python examples/benchmarks/quality.py $(DEMO)/model/*.gguf $(DEMO)/calibration.txt $(DEMO)/quality $(TEXTS) \
+		$(if $(TASKS),--tasks $(TASKS)) --readme README.md
+
 $(DEMO)/evaluation.txt: $(VENV)/ready examples/fetch_model_and_text.py
 	$(BIN)/python examples/fetch_model_and_text.py $(DEMO)
 
@@ -92,6 +100,12 @@ $(ALL)/ready: pyproject.toml constraints.txt plugins/constraints.txt $(wildcard 
 		--editable '.[test,$(EXTRAS)]' $(PLUGINS:%=--editable plugins/%)
 	touch $@
 
+$(QUALITY)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(QUALITY)
+	$(QUALITY)/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH)
+	$(QUALITY)/bin/python -m pip install --quiet --constraint constraints.txt --editable . 'lm-eval[hf]==0.4.13'
+	touch $@
+
 $(LLM_COMPRESSOR)/ready:
 	$(PYTHON) -m venv $(LLM_COMPRESSOR)
 	$(LLM_COMPRESSOR)/bin/python -m pip install --quiet $(TORCH)
@@ -108,4 +122,4 @@ $(OLDEST)/ready $(OLDEST_EXPORT)/ready $(NEWEST)/ready: pyproject.toml plugins/o
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ALL) $(LLM_COMPRESSOR) $(OLDEST) $(OLDEST_EXPORT) $(NEWEST) $(DEMO) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ALL) $(LLM_COMPRESSOR) $(QUALITY) $(OLDEST) $(OLDEST_EXPORT) $(NEWEST) $(DEMO) .mypy_cache .pytest_cache .ruff_cache
