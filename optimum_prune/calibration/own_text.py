@@ -1,13 +1,15 @@
 """Text that a model writes itself, to calibrate on beside the text that is given.
 
-What is fitted to text of one kind loses most on every other kind. What a model writes when it is asked for nothing is of all the kinds
-that it was trained on; so weights that are fitted to that as well lose far less there (self-generated calibration text; Williams et
-al., arXiv 2410.17170). Tokens are drawn from the model's predictions as they are, each piece of text from a token of the given text on.
+What is fitted to little text of one kind loses more on other text of that kind, and most on every other kind. What a model writes when it
+is asked for nothing is of all the kinds that it was trained on, and what it writes behind a passage of the given text is of the same kind; so
+weights that are fitted to that as well lose less on either (self-generated calibration text; Williams et al., arXiv 2410.17170). Tokens
+are drawn from the model's predictions as they are.
 """
 
 from __future__ import annotations
 
 import zlib
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 PIECE = 256
 """Tokens that are written in one go; a longer window has several pieces. Every token takes a run of the model, however many pieces there are."""
+PROMPT = 64
+"""Tokens of a passage that is continued, or a quarter of a shorter piece."""
 MEMORY = 2**29
 """Bytes that keys and values of the pieces that are written at a time may take."""
 SLOWER = 6
@@ -34,15 +38,20 @@ SOURCE = "text of the model's own"
 
 
 @torch.no_grad()
-def own_text(decoder: Decoder, given: Windows, count: int) -> Windows:
-    """So many windows of a model's own text, each as long as those given; the same again for the same model and text."""
+def own_text(decoder: Decoder, given: Windows, count: int, *, continuing: bool = False) -> Windows:
+    """So many windows of a model's own text, each as long as those given; the same again for the same model and text.
+
+    Args:
+        continuing: whether each piece continues a passage of the given text, or else only its first token is given.
+    """
 
     def written() -> Tensor:
         device = decoder.model.get_input_embeddings().weight.device
         length = min(given.length, PIECE)
         pieces = -(-given.length // length)
         generator = torch.Generator().manual_seed(zlib.crc32(given.tokens.cpu().numpy().tobytes()))
-        starts = _starts(given, count * pieces, generator).to(device)
+        begin = partial(_passages, size=max(min(PROMPT, length // 4), 1)) if continuing else _starts
+        starts = begin(given, count * pieces, generator).to(device)
         parts = [_written(decoder, some, length, generator) for some in torch.split(starts, _at_once(decoder, length))]
         return torch.cat(parts).view(count, -1)[:, : given.length].cpu()
 
@@ -57,6 +66,19 @@ def _starts(given: Windows, count: int, generator: torch.Generator) -> Int[Tenso
     return known[torch.randint(len(known), (count, 1), generator=generator)]
 
 
+def _passages(given: Windows, count: int, generator: torch.Generator, size: int) -> Int[Tensor, "pieces size"]:
+    """Passages of the given windows, of which no token is padding; behind the token with which they begin, where they all begin alike."""
+    tokens, first = given.tokens.long().cpu(), int(given.bos)
+    whole = given.mask.cpu().unfold(1, size, 1).all(-1)
+    whole[:, :first] = False
+    places = whole.nonzero()
+    if not len(places):  # windows are shorter than that
+        return _starts(given, count, generator)
+    rows, columns = places[torch.randint(len(places), (count,), generator=generator)].T
+    passages = tokens[rows[:, None], columns[:, None] + torch.arange(size - first)]
+    return torch.cat([tokens[:1, :1].expand(count, 1), passages], dim=1) if first else passages
+
+
 def _at_once(decoder: Decoder, length: int) -> int:
     """How many pieces are written at a time."""
     config = decoder.config
@@ -65,15 +87,15 @@ def _at_once(decoder: Decoder, length: int) -> int:
 
 
 def _written(
-    decoder: Decoder, tokens: Int[Tensor, "pieces 1"], length: int, generator: torch.Generator
+    decoder: Decoder, tokens: Int[Tensor, "pieces begun"], length: int, generator: torch.Generator
 ) -> Int[Tensor, "pieces length"]:
     """Pieces of text, a token of all of them at a time."""
-    past = None
-    for _ in range(length - 1):
-        output = decoder.model(input_ids=tokens[:, -1:], past_key_values=past, use_cache=True)
+    past, unread = None, tokens
+    while tokens.shape[1] < length:
+        output = decoder.model(input_ids=unread, past_key_values=past, use_cache=True, logits_to_keep=1)
         past = output.past_key_values
-        drawn = _drawn(output.logits[:, -1].float().cpu(), generator)
-        tokens = torch.cat([tokens, drawn.to(tokens.device)], dim=1)
+        unread = _drawn(output.logits[:, -1].float().cpu(), generator).to(tokens.device)
+        tokens = torch.cat([tokens, unread], dim=1)
     return tokens
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 BLOCK = 512
 """A gram is symmetric, so only the blocks on and above its diagonal are computed; smaller ones multiply more slowly."""
+MASSIVE = 100
+"""Inputs are massive where their mean square is so many times the median one: 600 times in one layer of SmolLM2-135M, and 21 times in the next."""
 
 
 @contextmanager
@@ -93,6 +95,14 @@ class Gram:
         """The mean activation, float64; 0 if there was no token."""
         tokens = self.tokens
         return self._sum[:-1] / max(tokens, 1)
+
+    @property
+    def massive(self) -> bool:
+        """Whether a few inputs carry nearly all there is: those by which a layer makes the massive activations that others attend to."""
+        self._complete()
+        diagonal = self._upper.diagonal()
+        active = diagonal[diagonal > 0]
+        return bool(len(active) and active.mean() > MASSIVE * active.median())
 
     @property
     def centered(self) -> Float[Tensor, "features features"]:

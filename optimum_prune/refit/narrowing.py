@@ -27,7 +27,7 @@ class Narrowing:
     """How units are chosen, and how the rest is refitted."""
 
     damping: float
-    """Added to the gram's diagonal, relative to its mean."""
+    """Added to the gram's diagonal, relative to its median."""
     correction: float = 0.0
     """How far the layer's output is moved towards the dense model's hidden states, where these are given."""
     step: int = 1
@@ -101,9 +101,13 @@ class Narrowing:
     def _targets(
         self, visit: LayerVisit, axis: Axis, grams: Sequence[Gram], reference: LayerVisit | None
     ) -> list[ProjectionTarget]:
-        """What the projections behind an axis are to come close to: themselves, moved towards the dense model's hidden states."""
+        """What the projections behind an axis are to come close to: themselves, moved towards the dense model's hidden states.
+
+        What makes massive activations is not moved part of the way: fitted to those of some tokens, it fails on text where others have them.
+        """
         projection = visit.layer.projection(axis.output)
-        if reference is not None and projection.linear is not None and axis.block == BLOCKS[-1]:
+        may_move = projection.linear is not None and axis.block == BLOCKS[-1]
+        if reference is not None and may_move and not (self.correction < 1 and grams[0].massive):
             goal = (hidden for _, hidden in reference.stream)
             if target := moved(visit, axis, grams[0], goal, self.damping, self.correction):
                 return [target]

@@ -4,7 +4,7 @@ Cuts in front leave an error in the hidden states that reach a block, and part o
 reaches the block in the dense model, x~ what reaches it now, and B one of its weights that read it, a ridge regression towards B finds
 the weights that compute from x~ nearly what B does from x:
 
-    B + strength * B (X'X~ - X~'X~) (X~'X~ + damping * mean(diag X~'X~) * I)^-1
+    B + strength * B (X'X~ - X~'X~) (X~'X~ + damping * median(diag X~'X~) * I)^-1
 
 There are as many unknowns for an output as features of hidden states, far fewer than in front of an output projection; so this
 hardly fits the calibration text too closely.

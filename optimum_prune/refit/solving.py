@@ -1,6 +1,6 @@
 """Weights of a linear layer on some of its inputs that change its output least, solved for in float64 by Cholesky factors.
 
-With `X` the inputs, `B` the dense weights and `H = X'X + damping * mean(diag X'X) * I`, a set S of kept inputs leaves the loss
+With `X` the inputs, `B` the dense weights and `H = X'X + damping * median(diag X'X) * I`, a set S of kept inputs leaves the loss
 
     min over W supported on S of  1/2 tr((W - B)' H (W - B))
 """
@@ -20,19 +20,27 @@ from optimum_prune.anatomy.workload import Workload
 
 FEW = 0.25
 """Weights are refitted through the inputs that go, rather than those that stay, while they are fewer than this fraction of them."""
+ROUNDING = 1e-6
+"""No less is added, relative to the mean: sums in float32 are no more exact."""
 ROWS = 256
 """Rows of a gram, or columns of the weights, that are worked on at a time where a copy of them is needed."""
 
 
 def damped(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
-    """`X'X + damping * mean(diag X'X) * I` in float64; for a gram of zeros, as if its mean were 1."""
+    """`X'X + damping * median(diag X'X) * I` in float64."""
     return damp(gram.to(torch.float64, copy=True), damping)
 
 
 def damp(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
-    """The same in place, for a gram in float64."""
-    mean = gram.diagonal().mean().item() or 1.0
-    gram.diagonal().add_(damping * mean)
+    """The same in place, for a gram in float64.
+
+    The median is that of inputs that are not always 0, and 1 where all are. A mean would be that of the few inputs that are hundreds of times as
+    large as others in some layers of most models, where next to nothing would be refitted.
+    """
+    diagonal = gram.diagonal()
+    active = diagonal[diagonal > 0]
+    median = active.median().item() if len(active) else 1.0
+    diagonal.add_(max(damping * median, ROUNDING * diagonal.mean().item()))
     return gram
 
 

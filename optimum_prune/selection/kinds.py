@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,15 +19,18 @@ if TYPE_CHECKING:
 
 HELD_OUT, HELD_OUT_LENGTH = 5, 256
 """Windows of each kind that are measured on, at most, and tokens of these that are used."""
+CONTINUED = 2
+"""Of three windows that the model writes, so many continue passages of the text given."""
 
 
 def held_out_work(work: Workload, own: int) -> Workload:
     """That of the windows to measure on.
 
     Args:
-        own: windows of the model's own text.
+        own: windows that the model writes.
     """
-    counts = (min(HELD_OUT, max(each // 4, 1)) for each in (work.windows, own, work.windows) if each)
+    free = own - CONTINUED * own // 3
+    counts = (min(HELD_OUT, max(each // 4, 1)) for each in (work.windows, free, work.windows) if each)
     return work.on(sum(counts), min(HELD_OUT_LENGTH, work.length))
 
 
@@ -35,37 +38,55 @@ def held_out_work(work: Workload, own: int) -> Workload:
 class TextKinds:
     """Windows of one length, by what kind of text they are."""
 
-    kinds: Mapping[str, Windows]
+    given: Windows
+    own: Windows | None = None
+    """What the model wrote when it was asked for nothing."""
+    continued: Windows | None = None
+    """What it wrote behind passages of the text given."""
 
     @classmethod
     def with_own(cls, decoder: Decoder, calibration: Calibration, count: int) -> TextKinds:
-        """The text that is given, and so many windows of the model's own."""
-        given = calibration.windows
-        kinds = {"the text given": given}
-        if count:
-            tokens = calibration.once("own text", lambda: own_text(decoder, given, count).tokens.tolist())
-            kinds["the model's own"] = Windows.from_tokens(given.tokens.new_tensor(tokens), given.source, given.bos)
-        return cls(kinds)
+        """The text that is given, and so many windows of the model's own: a third of them its own altogether."""
+        given, own = calibration.windows, count - CONTINUED * count // 3
+        fitted = split(given, HELD_OUT, HELD_OUT_LENGTH)[0]
+
+        def written(what: str, number: int, begun: Windows, *, continuing: bool) -> Windows | None:
+            if not number:
+                return None
+            write = partial(own_text, decoder, begun, number, continuing=continuing)
+            tokens = given.tokens.new_tensor(calibration.once(what, lambda: write().tokens.tolist()))
+            return Windows.from_tokens(tokens, given.source, given.bos)
+
+        return cls(
+            given,
+            written("own text", own, given, continuing=False),
+            written("text continued", count - own, fitted, continuing=True),
+        )
 
     @property
     def all(self) -> Windows:
         """Every window."""
-        return joined(list(self.kinds.values()))
+        return joined([each for each in (self.given, self.own, self.continued) if each is not None])
 
-    def fitted(self, most: int | None = None) -> Windows:
-        """Those to fit to, of each kind no more than so many."""
-        return joined(
-            [split(windows, HELD_OUT, HELD_OUT_LENGTH)[0].part(slice(most)) for windows in self.kinds.values()]
-        )
+    def fitted(self, most: int) -> Windows:
+        """Those to fit to: of the text given no more than so many, and no more of what the model wrote."""
+        given, own = (each and split(each, HELD_OUT, HELD_OUT_LENGTH)[0] for each in (self.given, self.own))
+        assert given is not None
+        some = [given.part(slice(most))]
+        if own is not None:
+            some.append(own.part(slice(most if self.continued is None else -(-most // 2))))
+        if self.continued is not None:
+            some.append(self.continued.part(slice(most // 2)))
+        return joined(some)
 
     def held_out(self) -> dict[str, Windows]:
         """Those to measure on, shorter, by their kind; a single window serves for both.
 
         One kind more is a passage of the text given, twice: few heads tell what was there before, and on most text nobody misses them.
         """
-        found = {name: split(windows, HELD_OUT, HELD_OUT_LENGTH)[1] for name, windows in self.kinds.items()}
-        given = next(iter(found.values()))
-        return {**found, "a passage twice": _half_twice(given)}
+        given = split(self.given, HELD_OUT, HELD_OUT_LENGTH)[1]
+        own = {} if self.own is None else {"the model's own": split(self.own, HELD_OUT, HELD_OUT_LENGTH)[1]}
+        return {"the text given": given, **own, "a passage twice": _half_twice(given)}
 
 
 def _half_twice(windows: Windows) -> Windows:

@@ -50,3 +50,34 @@ def test_pieces_that_are_written_one_by_one_make_as_many_windows(name, decoder, 
     whole = own_text(decoder, given, 5)
     monkeypatch.setattr(module, "MEMORY", 1)
     assert own_text(decoder, given, 5).tokens.shape == whole.tokens.shape
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_piece_may_continue_a_passage_of_the_given_text(name, bos, decoder):
+    """The first quarter of each is found in the text, without its padding; what follows is most likely not."""
+    given = tiny.windows(6, 40, padded=not bos)
+    tokens = given.tokens.clone()
+    if bos:
+        tokens[:, 0] = tiny.BOS
+    given = Windows(tokens, given.mask, "random tokens", bos)
+    found = own_text(decoder, given, 8, continuing=True).tokens
+    assert found.shape == (8, 40)
+    assert len(found.unique(dim=0)) == 8
+    size = 10 - bos
+    passages = {tuple(each) for row in given.tokens.unfold(1, size, 1) for each in row.tolist()}
+    padded = {
+        tuple(each)
+        for row, mask in zip(given.tokens.unfold(1, size, 1), given.mask.unfold(1, size, 1), strict=True)
+        for each in row[~mask.all(-1)].tolist()
+    }
+    for piece in found:
+        assert tuple(piece[int(bos) : 10].tolist()) in passages - padded
+        assert tuple(piece[11 : 11 + size].tolist()) not in passages
+        assert not bos or piece[0] == tiny.BOS
+
+
+@pytest.mark.parametrize("name", ["llama"])
+def test_windows_shorter_than_a_passage_are_begun_by_a_token(name, decoder):
+    given = Windows(torch.full((3, 8), 7), torch.arange(8) < torch.tensor([[1], [1], [1]]), "short")
+    assert (own_text(decoder, given, 4, continuing=True).tokens[:, 0] == 7).all()

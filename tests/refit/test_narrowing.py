@@ -250,6 +250,23 @@ def test_a_correction_brings_the_layers_behind_nearer_to_the_dense_model(name, d
     assert distances[1] < distances[0]
 
 
+@pytest.mark.parametrize("name", ["llama"])
+def test_what_makes_massive_activations_is_moved_all_the_way_or_not_at_all(name, decoder):
+    windows = tiny.windows(8)
+    with torch.no_grad():
+        decoder.layers[2].part("mlp.up_proj").weight[5] *= 1e3
+    reference = visits(decoder, 2, windows)[1]
+    reference.stream = [(batch, hidden + torch.randn_like(hidden)) for batch, hidden in reference.stream]
+    weights = {}
+    for correction in (0.0, 0.5, 1.0):
+        visit = visits(decoder, 2, windows)[0]
+        (made,) = Narrowing(0.1, correction).decisions(visit, "channels", (32,), reference if correction else None)
+        weights[correction] = made.weights["model.layers.2.mlp.down_proj.weight"]
+        assert 5 in made.cuts.kept(2, "channels")
+    assert torch.equal(weights[0.5], weights[0.0])
+    assert not torch.equal(weights[1.0], weights[0.0])
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "deepseek_v3"])
 def test_several_sizes_of_one_visit_are_decided_as_each_alone(name, decoder):
     axis, sizes = ("experts", (16, 8)) if name == "deepseek_v3" else ("channels", (48, 20, 1))

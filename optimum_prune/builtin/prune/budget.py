@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 FITTED = 10
 """Windows of each kind to which is fitted, at most, to see what cutting costs, and which of some models loses least."""
+OWN_TEXT = 1.2
+"""Text that the model writes itself, as a fraction of the text given."""
 PRICING = Narrowing(0.05, step=16)
 """How layers are narrowed to see what that costs."""
 MORE = 4
@@ -70,12 +72,12 @@ class Budget(Limit, PrunePass):
         at_least=1,
     )
     own_text: float | None = option(
-        "Text that the model writes itself and is calibrated on besides, as a fraction of the text given. If not given: 0.6, or 0 if offloaded.",
+        "Text that the model writes itself and is calibrated on besides, as a fraction of the text given. If not given: 1.2, or 0 if offloaded.",
         None,
         at_least=0,
         at_most=4,
     )
-    damping: float = option("Added to the gram's diagonal, relative to its mean.", 0.2, above=0, below=math.inf)
+    damping: float = option("Added to the gram's diagonal, relative to its median.", 0.2, above=0, below=math.inf)
     correction: float = option(
         "How far to move what blocks put out towards the dense model's hidden states, 0 to 1.",
         0.25,
@@ -220,7 +222,7 @@ class Budget(Limit, PrunePass):
         return made * sum(layer.parameters for layer in shape.layers) * work.itemsize
 
     def _own_windows(self, given: int, *, offloaded: bool) -> int:
-        share = (0.0 if offloaded else 0.6) if self.own_text is None else self.own_text
+        share = (0.0 if offloaded else OWN_TEXT) if self.own_text is None else self.own_text
         return round(share * given)
 
 
