@@ -57,7 +57,7 @@ def with_ffn_bridged(dense: Decoder, windows: Windows, gone: range) -> Decoder:
         means = (rows.mean(0), lack.mean(0)) if linear.bias is not None else (0 * rows[0], 0 * lack[0])
         rows, lack = rows - means[0], lack - means[1]
         gram = rows.T @ rows
-        gram += 0.1 * gram.diagonal().median() * torch.eye(len(gram))
+        gram += 0.1 * gram.diagonal().mean() * torch.eye(len(gram))
         move = torch.linalg.solve(gram, rows.T @ lack).T
         with torch.no_grad():
             linear.module.weight.copy_(linear.stored(linear.weight + move))

@@ -1,6 +1,6 @@
 """Which inputs of a linear layer to keep, and the weights on them that change its output least.
 
-With `X` the inputs, `B` the dense weights and `H = X'X + damping * median(diag X'X) * I`, a set S of kept inputs leaves the loss
+With `X` the inputs, `B` the dense weights and `H = X'X + damping * mean(diag X'X) * I`, a set S of kept inputs leaves the loss
 
     min over W supported on S of  1/2 tr((W - B)' H (W - B))
 

@@ -76,7 +76,7 @@ def heal(
 
     Args:
         kept: of each layer, the blocks that stay; of a layer that goes, none.
-        damping: added to the gram's diagonal, relative to its median.
+        damping: added to the gram's diagonal, relative to its mean.
     """
     visits = calibration.walk(decoder, "Healing")
     dense = calibration.quiet().walk(decoder, "")

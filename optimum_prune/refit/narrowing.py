@@ -27,7 +27,7 @@ class Narrowing:
     """How units are chosen, and how the rest is refitted."""
 
     damping: float
-    """Added to the gram's diagonal, relative to its median."""
+    """Added to the gram's diagonal, relative to its mean."""
     correction: float = 0.0
     """How far the layer's output is moved towards the dense model's hidden states, where these are given."""
     step: int = 1

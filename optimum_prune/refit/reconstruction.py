@@ -1,6 +1,6 @@
 """What an output projection is to compute once something in the model was cut, by least squares.
 
-With X its inputs over the calibration tokens, `H = X'X + damping * median(diag X'X) * I`, B its weights, and E what the hidden states
+With X its inputs over the calibration tokens, `H = X'X + damping * mean(diag X'X) * I`, B its weights, and E what the hidden states
 behind its block lack of what they should be, `B + strength * H^-1 X'E` brings them nearer: a ridge regression towards the old
 weights. A bias takes the mean of E, as far as X does not give it.
 """

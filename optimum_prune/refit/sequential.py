@@ -16,12 +16,13 @@ from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, FEED_FORWARD, LayerSh
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.stream import check_finite, walk_cost
 from optimum_prune.calibration.visit import LayerVisit
-from optimum_prune.refit.bridging import BRIDGING
+from optimum_prune.refit import bridging
 from optimum_prune.refit.healing import gap_behind, through
 from optimum_prune.refit.narrowing import Narrowing
 from optimum_prune.refit.reading import reading_cost, reread
 from optimum_prune.refit.rebuilding import pool
 from optimum_prune.refit.reconstruction import refitted, refitting_cost
+from optimum_prune.refit.solving import OfMedian
 from optimum_prune.surgery.cuts import Cuts, Decision
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder
     from optimum_prune.calibration.calibration import Calibration
 
+BRIDGING = OfMedian(bridging.BRIDGING)
+"""Of what is fitted to hidden states behind a gap."""
 TOGETHER = 64
 """Units of a rebuilt FFN that go before the rest are ranked anew: it has the units of several to begin with."""
 
@@ -43,7 +46,7 @@ class Repairs:
     """How units are chosen, and how far an FFN is moved towards the dense model; attention as far."""
     reading: float = 0.0
     """How far what blocks read is refitted, 0 to 1."""
-    reading_damping: float = 0.02
+    reading_damping: float = OfMedian(0.02)
     rebuild: bool = True
     """Whether an FFN in front of a gap has the units of those that go to choose from."""
 

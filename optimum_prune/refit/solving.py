@@ -1,6 +1,6 @@
 """Weights of a linear layer on some of its inputs that change its output least, solved for in float64 by Cholesky factors.
 
-With `X` the inputs, `B` the dense weights and `H = X'X + damping * median(diag X'X) * I`, a set S of kept inputs leaves the loss
+With `X` the inputs, `B` the dense weights and `H = X'X + damping * mean(diag X'X) * I`, a set S of kept inputs leaves the loss
 
     min over W supported on S of  1/2 tr((W - B)' H (W - B))
 """
@@ -26,21 +26,28 @@ ROWS = 256
 """Rows of a gram, or columns of the weights, that are worked on at a time where a copy of them is needed."""
 
 
+class OfMedian(float):
+    """A damping that is relative to the median of a gram's diagonal, and not to its mean.
+
+    In some layers of most models a few inputs are hundreds of times as large as all others, and so is the mean: nothing but these would be
+    refitted. The median is that of inputs that are not always 0.
+    """
+
+
 def damped(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
-    """`X'X + damping * median(diag X'X) * I` in float64."""
+    """`X'X + damping * mean(diag X'X) * I` in float64; for a gram of zeros, as if its mean were 1."""
     return damp(gram.to(torch.float64, copy=True), damping)
 
 
 def damp(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
-    """The same in place, for a gram in float64.
-
-    The median is that of inputs that are not always 0, and 1 where all are. A mean would be that of the few inputs that are hundreds of times as
-    large as others in some layers of most models, where next to nothing would be refitted.
-    """
+    """The same in place, for a gram in float64."""
     diagonal = gram.diagonal()
-    active = diagonal[diagonal > 0]
-    median = active.median().item() if len(active) else 1.0
-    diagonal.add_(max(damping * median, ROUNDING * diagonal.mean().item()))
+    mean = diagonal.mean().item() or 1.0
+    if isinstance(damping, OfMedian) and (diagonal > 0).any():
+        median = diagonal[diagonal > 0].median().item()
+        diagonal.add_(max(damping * median, ROUNDING * mean))
+    else:
+        diagonal.add_(damping * mean)
     return gram
 
 

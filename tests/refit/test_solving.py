@@ -7,19 +7,23 @@ import torch
 from problems import least_squares, problem
 from torch.testing import assert_close
 
-from optimum_prune.refit.solving import damped, refit, refit_by_factor
+from optimum_prune.refit.solving import OfMedian, damped, refit, refit_by_factor
+
+
+def test_damping_is_relative_to_the_mean_of_the_diagonal():
+    gram = torch.diag(torch.tensor([1.0, 2.0, 6.0]))
+    assert_close(damped(gram, 0.1), torch.diag(torch.tensor([1.3, 2.3, 6.3], dtype=torch.float64)), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("largest", [6.0, 6e4])
-def test_damping_is_relative_to_the_median_of_what_is_not_always_0(largest):
+def test_damping_may_be_relative_to_the_median_of_what_is_not_always_0(largest):
     gram = torch.diag(torch.tensor([0.0, 1.0, 2.0, largest]))
     expected = torch.diag(torch.tensor([0.2, 1.2, 2.2, largest + 0.2], dtype=torch.float64))
-    assert_close(damped(gram, 0.1), expected, rtol=1e-6, atol=0)
-    enormous = damped(torch.diag(torch.tensor([1.0, 1.0, 3e9])), 0.1) - torch.diag(
-        torch.tensor([1.0, 1.0, 3e9]).double()
-    )
+    assert_close(damped(gram, OfMedian(0.1)), expected, rtol=1e-6, atol=0)
+    massive = torch.diag(torch.tensor([1.0, 1.0, 3e9]))
+    enormous = damped(massive, OfMedian(0.1)) - massive.double()
     assert_close(enormous, 1e3 * torch.eye(3).double(), rtol=1e-6, atol=0)  # what sums in float32 are exact to
-    assert_close(damped(torch.zeros(2, 2), 0.1), 0.1 * torch.eye(2).double())
+    assert_close(damped(torch.zeros(2, 2), OfMedian(0.1)), 0.1 * torch.eye(2).double())
 
 
 @pytest.mark.parametrize("seed", range(3))

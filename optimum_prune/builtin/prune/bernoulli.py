@@ -71,7 +71,7 @@ class Bernoulli(PrunePass):
     batch: int = option("Tokens of a step, for each mask; at least one window is taken.", 256, at_least=1)
     learning_rate: float = option("How far probabilities move in a step, at first.", 0.003, above=0, below=1)
     damping: float = option(
-        "For refitting: added to the gram's diagonal, relative to its median.", 0.01, above=0, below=math.inf
+        "For refitting: added to the gram's diagonal, relative to its mean.", 0.01, above=0, below=math.inf
     )
     protect: tuple[int, ...] = option("Layers to leave as they are.", ())
 

@@ -55,7 +55,7 @@ class BlockPruner(PrunePass):
     )
     heal: bool = option("Refit what lies in front of the gaps by least squares.", True)
     damping: float = option(
-        "For healing: added to the gram's diagonal, relative to its median.", 0.1, above=0, below=math.inf
+        "For healing: added to the gram's diagonal, relative to its mean.", 0.1, above=0, below=math.inf
     )
     stock: bool = option("Keep the stock form, by output projections of zeros: no smaller, no faster.", False)
 

@@ -28,6 +28,7 @@ from optimum_prune.refit.finalists import measured, measuring_cost
 from optimum_prune.refit.narrowing import Narrowing
 from optimum_prune.refit.pricing import priced, pricing_cost
 from optimum_prune.refit.sequential import Repairs, Wanted, bringing_cost, brought_to
+from optimum_prune.refit.solving import OfMedian
 from optimum_prune.selection.allowed import BLOCKS, Allowed
 from optimum_prune.selection.goals import Goal, Limit
 from optimum_prune.selection.kinds import TextKinds, held_out_work
@@ -47,7 +48,7 @@ FITTED = 10
 """Windows of each kind to which is fitted, at most, to see what cutting costs, and which of some models loses least."""
 OWN_TEXT = 1.2
 """Text that the model writes itself, as a fraction of the text given."""
-PRICING = Narrowing(0.05, step=16)
+PRICING = Narrowing(OfMedian(0.05), step=16)
 """How layers are narrowed to see what that costs."""
 MORE = 4
 """How many models are made and measured at most."""
@@ -121,7 +122,7 @@ class Budget(Limit, PrunePass):
 
     @property
     def _repairs(self) -> Repairs:
-        narrowing = Narrowing(self.damping, self.correction, self.step)
+        narrowing = Narrowing(OfMedian(self.damping), self.correction, self.step)
         return Repairs(narrowing, self.reading, rebuild=self.rebuild)
 
     # What there will be

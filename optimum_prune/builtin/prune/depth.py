@@ -65,7 +65,7 @@ class Depth(PrunePass):
     )
     heal: bool = option("Refit what lies in front of the gap by least squares.", True)
     damping: float = option(
-        "For healing: added to the gram's diagonal, relative to its median.", 0.1, above=0, below=math.inf
+        "For healing: added to the gram's diagonal, relative to its mean.", 0.1, above=0, below=math.inf
     )
     protect_first: int | None = option(
         "Never remove this many layers at the beginning. If not given: 4 for taylor and magnitude, else 0.",

@@ -61,7 +61,7 @@ class HiddenPruner(PrunePass):
         None,
     )
     refit: bool = option("Refit every matrix that reads or writes hidden states by least squares.", True)
-    damping: float = option("Added to the gram's diagonal, relative to its median.", 0.1, above=0, below=math.inf)
+    damping: float = option("Added to the gram's diagonal, relative to its mean.", 0.1, above=0, below=math.inf)
     correction: float = option(
         "How far what writes is moved towards the hidden states of the model as it was, 0 to 1.",
         0.5,

@@ -66,7 +66,7 @@ class Osscar(PrunePass):
         at_least=1,
     )
     damping: float | None = option(
-        "Added to the gram's diagonal, relative to its median. If not given: 0.01, or 0.2 with a correction.",
+        "Added to the gram's diagonal, relative to its mean. If not given: 0.01, or 0.2 with a correction.",
         None,
         above=0,
         below=math.inf,

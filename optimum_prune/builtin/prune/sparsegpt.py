@@ -48,7 +48,7 @@ class SparseGPT(PrunePass):
         "Of how many consecutive inputs of a row how many weights stay, instead of 'ratio': 2:4 or 4:8.", None
     )
     damping: float | None = option(
-        "Added to the gram's diagonal, relative to its median. If not given: 0.01, or the number of inputs over that of tokens if that is more.",
+        "Added to the gram's diagonal, relative to its mean. If not given: 0.01, or the number of inputs over that of tokens if that is more.",
         None,
         above=0,
         below=math.inf,
