@@ -13,9 +13,9 @@ import contextlib
 import json
 import math
 import statistics
-import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,42 +23,26 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tables import markdown, run, write_into
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-BEGIN, END = "<!-- quality -->", "<!-- /quality -->"
 SAMPLES, LENGTH, JUDGED = 32, 512, 64
 """Calibration windows, their tokens, and windows of each text to judge by."""
 ASKED = {"copa": "{{query}}"}
 """How a task's query is put, where not as a question that is answered."""
-METHODS = {
-    "OSSCAR uniform": lambda share: {"osscar": {"params": share}},
-    "OSSCAR global": lambda share: {"osscar": {"params": share, "allocation": "global"}},
-    "depth": lambda share: {"depth": {"layers": "SHARE"}, "share": share},
-    "budget": lambda share: {"budget": {"params": share}},
-    "budget, stock": lambda share: {"budget": {"params": share, "form": "stock"}},
+METHODS: dict[str, Callable[[float, dict[str, Any]], dict[str, Any]]] = {
+    "OSSCAR uniform": lambda share, _: {"osscar": {"params": share}},
+    "OSSCAR global": lambda share, _: {"osscar": {"params": share, "allocation": "global"}},
+    "depth": lambda share, dense: {"depth": {"layers": layers_gone(share, dense)}},
+    "budget": lambda share, _: {"budget": {"params": share}},
+    "budget, stock": lambda share, _: {"budget": {"params": share, "form": "stock"}},
 }
+"""The pass of each method for a share of the parameters."""
 
 
-def run(command: list) -> str:
-    """What a command of the program printed; its last line is shown if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "optimum_prune", "compress", *map(str, command)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(done.stderr.strip().split("\n")[-1])
-    return done.stdout
-
-
-def passes(method: str, share: float, dense: dict[str, Any]) -> list[dict]:
-    """The passes of a method for a share of the parameters."""
-    plain = METHODS[method](share)
-    if "depth" in plain:
-        layers = round((1 - share) * dense["parameters"] / dense["parameters_of_layer"])
-        return [{"depth": {"layers": layers}}]
-    return [plain]
+def layers_gone(share: float, dense: dict[str, Any]) -> int:
+    """How many layers have about what is to go of the parameters."""
+    return round((1 - share) * dense["parameters"] / dense["parameters_of_layer"])
 
 
 def made(method: str, share: float, seed: int, dense: dict[str, Any], options: argparse.Namespace) -> Path:
@@ -70,7 +54,7 @@ def made(method: str, share: float, seed: int, dense: dict[str, Any], options: a
             "seed": seed,
             "calibration": {"samples": SAMPLES, "length": LENGTH},
             "evaluation": {"samples": 0},
-            "passes": passes(method, share, dense),
+            "passes": [METHODS[method](share, dense)],
         }
         file = options.work / f"{output.name}.yaml"
         file.write_text(yaml.safe_dump(recipe), encoding="utf-8")
@@ -105,13 +89,9 @@ def accuracies(model: Path, tokenizer: Path, options: argparse.Namespace) -> dic
     with tempfile.TemporaryDirectory() as told, contextlib.redirect_stdout(sys.stderr):
         names = task_files(options.tasks, Path(told))
         tasks = TaskManager(include_path=told, include_defaults=False)
-        found = simple_evaluate(words, tasks=names, task_manager=tasks, limit=options.limit, bootstrap_iters=0)
-    return {
-        name: (each["acc_norm,none"], each["acc_norm_stderr,none"])
-        if isinstance(each["acc_norm_stderr,none"], float)
-        else (each["acc_norm,none"], math.nan)
-        for name, each in found["results"].items()
-    }
+        found = simple_evaluate(words, tasks=names, task_manager=tasks, limit=options.limit)
+    results = found["results"]
+    return {name: (results[name]["acc_norm,none"], results[name]["acc_norm_stderr,none"]) for name in names}
 
 
 def judged(model: Path, tokenizer: Path, name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -125,7 +105,7 @@ def judged(model: Path, tokenizer: Path, name: str, options: argparse.Namespace)
             known[text] = math.log(result["perplexity"])
             known["parameters"] = result["parameters"]
             file.write_text(json.dumps(known, indent=2))
-    if options.tasks and known.get("limit", 0) != options.limit:
+    if options.tasks and known.get("limit", 0) != options.limit:  # of all examples, the limit is None
         known["tasks"], known["limit"] = accuracies(model, tokenizer, options), options.limit
         file.write_text(json.dumps(known, indent=2))
     return known
@@ -166,8 +146,7 @@ def table(options: argparse.Namespace) -> str:
             kept = statistics.mean(each["parameters"] for each in seeds) / dense["parameters"]
             rows.append(row(method, kept, seeds, options))
             print(" | ".join(rows[-1]), flush=True)
-    lines = [f"| {' | '.join(each)} |" for each in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+    return markdown(rows)
 
 
 def save_dense(options: argparse.Namespace, folder: Path) -> None:
@@ -184,8 +163,9 @@ def save_dense(options: argparse.Namespace, folder: Path) -> None:
 def parameters_of_layer(folder: Path) -> int:
     """Of a decoder layer of a model."""
     from optimum_prune import Decoder
+    from optimum_prune.hooks.plugins import load
 
-    decoder = Decoder.from_model(AutoModelForCausalLM.from_pretrained(folder))
+    decoder = Decoder.of(AutoModelForCausalLM.from_pretrained(folder), load().families)
     return decoder.shape().layers[0].parameters
 
 
@@ -206,8 +186,7 @@ def main() -> None:
     found = table(options)
     print(found)
     if options.readme:
-        before, _, rest = options.readme.read_text(encoding="utf-8").partition(BEGIN)
-        options.readme.write_text(f"{before}{BEGIN}\n{found}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        write_into(options.readme, "quality", found)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,13 @@ each is its part of that of the model that was only pruned. Seconds and memory a
 
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
+from tables import markdown, run, write_into
 
 DROPPED = [13, 14, 15, 16, 17, 18]
 """Layers of SmolLM2-135M, the fifth that costs the least in one piece."""
-BEGIN, END = "<!-- recovery -->", "<!-- /recovery -->"
 HEADER = ["recovery", "seconds", "GB"]
 
 
@@ -27,19 +25,6 @@ def recipes(tokens: int) -> dict[str, list]:
     alone = {name: [step] for name, step in each.items()}
     both = {"reconstruct, distill": [{"reconstruct": {}}, each["distill"]]}
     return {"none": [], **alone, "reconstruct": [{"reconstruct": {}}], **both}
-
-
-def run(command: list) -> str:
-    """What a command of the program printed; its last line is shown if it fails."""
-    done = subprocess.run(
-        [sys.executable, "-m", "optimum_prune", "compress", *map(str, command)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(done.stderr.strip().split("\n")[-1])
-    return done.stdout
 
 
 def recovered(name: str, passes: list, options: argparse.Namespace) -> Path:
@@ -84,8 +69,7 @@ def table(options: argparse.Namespace) -> str:
         shares = [f"{value:.2f} ({value / before:.2f})" for value, before in zip(found, pruned, strict=True)]
         rows.append([name, f"{seconds:,.0f}" if passes else "", f"{memory:.2f}" if passes else "", *shares])
         print(" | ".join(rows[-1]), flush=True)
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+    return markdown(rows)
 
 
 def main() -> None:
@@ -101,8 +85,7 @@ def main() -> None:
     found = table(options)
     print(found)
     if options.readme:
-        before, _, rest = options.readme.read_text(encoding="utf-8").partition(BEGIN)
-        options.readme.write_text(f"{before}{BEGIN}\n{found}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        write_into(options.readme, "recovery", found)
 
 
 if __name__ == "__main__":
