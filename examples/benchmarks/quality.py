@@ -23,7 +23,7 @@ import yaml
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from tables import markdown, run, write_into
+from tables import fill, markdown, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SAMPLES, LENGTH, JUDGED = 32, 512, 64
@@ -180,13 +180,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--limit", type=int, help="examples of each task, the first")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--readme", type=Path)
-    options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    found = table(options)
-    print(found)
-    if options.readme:
-        write_into(options.readme, "quality", found)
+    fill(parser, "quality", table)
 
 
 if __name__ == "__main__":

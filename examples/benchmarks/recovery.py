@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import yaml
-from tables import markdown, run, write_into
+from tables import fill, markdown, run
 
 DROPPED = [13, 14, 15, 16, 17, 18]
 """Layers of SmolLM2-135M, the fifth that costs the least in one piece."""
@@ -79,13 +79,7 @@ def main() -> None:
     parser.add_argument("texts", nargs="+")
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--dtype", default="bfloat16", help="float32 is faster on CPUs without tiles for bfloat16")
-    parser.add_argument("--readme", type=Path)
-    options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    found = table(options)
-    print(found)
-    if options.readme:
-        write_into(options.readme, "recovery", found)
+    fill(parser, "recovery", table)
 
 
 if __name__ == "__main__":

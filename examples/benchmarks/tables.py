@@ -1,7 +1,9 @@
 """What benchmarks have in common that fill a table of the README: how they run the program, and where the table goes."""
 
+import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -29,3 +31,14 @@ def write_into(readme: Path, name: str, table: str) -> None:
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     before, _, rest = readme.read_text(encoding="utf-8").partition(begin)
     readme.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
+def fill(parser: argparse.ArgumentParser, name: str, table: Callable[[argparse.Namespace], str]) -> None:
+    """Parses the command line, prints the table that is made of it, and writes it into the README that is named, if one is."""
+    parser.add_argument("--readme", type=Path)
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    found = table(options)
+    print(found)
+    if options.readme:
+        write_into(options.readme, name, found)

@@ -43,6 +43,11 @@ def solving_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
+def active_of(diagonal: Float[Tensor, " features"]) -> Float[Tensor, " active"]:
+    """Of a gram's diagonal, the entries of inputs that are not always 0."""
+    return diagonal[diagonal > 0]
+
+
 class Gram:
     """`X'X` of the activations at one place, summed over tokens, in float32 whatever the dtype of the activations.
 
@@ -100,8 +105,7 @@ class Gram:
     def massive(self) -> bool:
         """Whether a few inputs carry nearly all there is: those by which a layer makes the massive activations that others attend to."""
         self._complete()
-        diagonal = self._upper.diagonal()
-        active = diagonal[diagonal > 0]
+        active = active_of(self._upper.diagonal())
         return bool(len(active) and active.mean() > MASSIVE * active.median())
 
     @property

@@ -6,7 +6,8 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -82,11 +83,16 @@ def _compress(recipe: Recipe, arguments: argparse.Namespace) -> None:
         resume=arguments.resume,
         progress=progress,
     )
+    _say_saved(report.table, arguments)
+
+
+def _say_saved(table: Callable[[], str], arguments: argparse.Namespace) -> None:
+    """Says what became of a run that is finished, and where."""
     if arguments.quiet or not processes.first():
         return
     saved = f"Saved to {printable(arguments.output)}"
     try:
-        say(arguments.out, f"{report.table()}\n{saved}")
+        say(arguments.out, f"{table()}\n{saved}")
     except NotPrintedError as error:  # the run is finished, and its report lies there
         if not error.nobody_reads:
             print(f"{saved}. {error}", file=sys.stderr)
@@ -100,8 +106,7 @@ def _compress_each(recipes: Mapping[str, Recipe], arguments: argparse.Namespace)
         resume=arguments.resume,
         progress=Progress.for_terminal(arguments.quiet),
     )
-    if not arguments.quiet and processes.first():
-        say(arguments.out, f"{table_of(reports)}\nSaved to {printable(arguments.output)}")
+    _say_saved(partial(table_of, reports), arguments)
 
 
 def plan(arguments: argparse.Namespace, plugins: Plugins) -> None:

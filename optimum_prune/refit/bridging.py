@@ -15,6 +15,7 @@ from optimum_prune.errors import NumericalError
 from optimum_prune.evaluation.losses import perplexity_of
 from optimum_prune.refit.healing import last_refitted, through
 from optimum_prune.refit.reconstruction import refitted, refitting_cost
+from optimum_prune.refit.solving import OfMedian
 from optimum_prune.selection.divergence import split, trial_workloads
 from optimum_prune.selection.search import Losses, Variant, check_finite, measure, searching_cost
 from optimum_prune.surgery.cuts import Decision
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from optimum_prune.calibration.stream import Batch
     from optimum_prune.calibration.visit import LayerVisit
 
-BRIDGING = 0.1
+BRIDGING = OfMedian(0.1)
 """Damping of what goes all the way over a gap, where nobody says another."""
 FINALISTS = 4
 """Windows of layers that are healed and measured again, to choose among them."""

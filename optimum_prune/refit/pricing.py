@@ -22,7 +22,6 @@ from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, FEED_FORWARD, LayerSh
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.refit.bridging import BRIDGING, bridged
 from optimum_prune.refit.reconstruction import refitting_cost
-from optimum_prune.refit.solving import OfMedian
 from optimum_prune.selection.allowed import Allowed
 from optimum_prune.selection.divergence import Divergence, trial_cost
 from optimum_prune.selection.options import Curve, Prices
@@ -137,7 +136,7 @@ class _Pricing:
         if behind >= len(self.decoder) or not self.allowed.may_go(behind):
             return None
         gap = range(behind, behind + 1)
-        return Decision(weights=bridged(self.decoder, self.visit, gap, OfMedian(BRIDGING)))
+        return Decision(weights=bridged(self.decoder, self.visit, gap, BRIDGING))
 
 
 def _count(module: nn.Module) -> int:

@@ -16,14 +16,15 @@ from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, FEED_FORWARD, LayerSh
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.stream import check_finite, walk_cost
 from optimum_prune.calibration.visit import LayerVisit
-from optimum_prune.refit import bridging
+from optimum_prune.refit.bridging import BRIDGING
 from optimum_prune.refit.healing import gap_behind, through
 from optimum_prune.refit.narrowing import Narrowing
 from optimum_prune.refit.reading import reading_cost, reread
 from optimum_prune.refit.rebuilding import pool
 from optimum_prune.refit.reconstruction import refitted, refitting_cost
 from optimum_prune.refit.solving import OfMedian
-from optimum_prune.surgery.cuts import Cuts, Decision
+from optimum_prune.selection.measures import cuts_of
+from optimum_prune.surgery.cuts import Decision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder
     from optimum_prune.calibration.calibration import Calibration
 
-BRIDGING = OfMedian(bridging.BRIDGING)
-"""Of what is fitted to hidden states behind a gap."""
 TOGETHER = 64
 """Units of a rebuilt FFN that go before the rest are ranked anew: it has the units of several to begin with."""
 
@@ -68,16 +67,6 @@ class Wanted:
         """Whether anything in front of a layer is not as it was."""
         return any(after != before for after, before in zip(self.layers[:index], shape.layers, strict=False))
 
-    def cuts(self, shape: Shape) -> Cuts:
-        """The layers and the blocks that are kept."""
-        kept = tuple(index for index, layer in enumerate(self.layers) if layer is not None)
-        blocks = {
-            index: layer.blocks
-            for index, (layer, before) in enumerate(zip(self.layers, shape.layers, strict=True))
-            if layer is not None and layer.blocks != before.blocks
-        }
-        return Cuts(layers=None if len(kept) == len(self.layers) else kept, blocks=blocks)
-
 
 def brought_to(
     decoder: Decoder, dense: Decoder, calibration: Calibration, wanted: Wanted, repairs: Repairs
@@ -97,7 +86,7 @@ def brought_to(
             continue
         local = _Layer(dense, hidden, calibration, visit, reference)
         yield from local.decisions(before, after, wanted, repairs, wanted.changed_before(visit.index, shape))
-    yield Decision(wanted.cuts(shape))
+    yield Decision(cuts_of(wanted.layers, shape))
 
 
 @dataclass(frozen=True)

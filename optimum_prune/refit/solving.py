@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 from optimum_prune.anatomy.workload import Workload
+from optimum_prune.calibration.statistics import active_of
 
 FEW = 0.25
 """Weights are refitted through the inputs that go, rather than those that stay, while they are fewer than this fraction of them."""
@@ -43,9 +44,9 @@ def damp(gram: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]
     """The same in place, for a gram in float64."""
     diagonal = gram.diagonal()
     mean = diagonal.mean().item() or 1.0
-    if isinstance(damping, OfMedian) and (diagonal > 0).any():
-        median = diagonal[diagonal > 0].median().item()
-        diagonal.add_(max(damping * median, ROUNDING * mean))
+    active = active_of(diagonal)
+    if isinstance(damping, OfMedian) and len(active):
+        diagonal.add_(max(damping * active.median().item(), ROUNDING * mean))
     else:
         diagonal.add_(damping * mean)
     return gram

@@ -33,6 +33,11 @@ STRIDE = 2
 """Predictions are compared at every second token: neighbours tell nearly the same, and the head is dear."""
 
 
+def held_out_of(windows: int, most: int | None = None) -> int:
+    """How many of so many windows are measured on: at most `HELD_OUT`, or whatever is given."""
+    return min(most or HELD_OUT, max(windows // 4, 1))
+
+
 def split(windows: Windows, most: int | None = None, length: int | None = None) -> tuple[Windows, Windows]:
     """Windows to fit to, and others to measure on; with a single window, it serves for both.
 
@@ -40,7 +45,7 @@ def split(windows: Windows, most: int | None = None, length: int | None = None) 
         most: to measure on, at most; `HELD_OUT` if not given.
         length: tokens of these that are used, at most; `LENGTH` if not given.
     """
-    held_out = min(most or HELD_OUT, max(len(windows) // 4, 1))
+    held_out = held_out_of(len(windows), most)
     fitted = slice(0, max(len(windows) - held_out, 1))
     return windows.part(fitted), windows.part(slice(len(windows) - held_out, None), slice(length or LENGTH))
 

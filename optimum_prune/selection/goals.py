@@ -31,10 +31,7 @@ SIZES: Mapping[str, str] = {
     "bytes": "leave {} of weights",
     "serving_memory": "leave {} of weights and cache",
 }
-SPEEDS: Mapping[str, tuple[Step, str]] = {
-    "prefill_speed": ("prefill", "prefill"),
-    "decode_speed": ("decode", "decode"),
-}
+SPEEDS: Mapping[str, Step] = {"prefill_speed": "prefill", "decode_speed": "decode"}
 GUESS = 0.8
 """Of the parameters, for a plan, where only the model itself can tell how many there will be."""
 ROUNDS = 5
@@ -63,6 +60,11 @@ class Goal:
     known: dict[Choice, float] = field(default_factory=dict)
     """The sizes of choices that were timed."""
 
+    @classmethod
+    def of_parameters(cls, share: float, shape: Shape) -> Goal:
+        """A share of the parameters is to be kept."""
+        return cls("params", Weights(), share * shape.parameters, shape.parameters)
+
     def check(self, allowed: Allowed, shape: Shape) -> None:
         """Refuses what is out of reach.
 
@@ -86,7 +88,7 @@ class Goal:
             return SIZES[self.option].format(f"{size / self.before:.4g}")
         if self.option in SIZES:
             return SIZES[self.option].format(f"{size / 1e6:,.4g} MB")
-        return f"{SPEEDS[self.option][1]} {self.before / max(size, 1e-12):.3g} times as fast"
+        return f"{SPEEDS[self.option]} {self.before / max(size, 1e-12):.3g} times as fast"
 
     def found(self, find: Callable[[float], list[Priced]]) -> list[Priced]:
         """The choices that come to the goal.
@@ -189,7 +191,7 @@ class Limit:
         """What measuring times takes; nothing where no time matters."""
         if self.limit not in SPEEDS or self.speed_table is not None:
             return Cost()
-        return timing_cost(work, shape, SPEEDS[self.limit][0], self.batch or BATCH, self.context or CONTEXT)
+        return timing_cost(work, shape, SPEEDS[self.limit], self.batch or BATCH, self.context or CONTEXT)
 
     @property
     def limit(self) -> str:
@@ -230,12 +232,12 @@ class Limit:
         shape, limit = decoder.shape(), self.limit
         if limit in SPEEDS:
             return self._speed_goal(step, decoder, calibration, allowed)
-        if limit == "params":
-            return Goal(limit, Weights(), (self.params or 1.0) * shape.parameters, shape.parameters)
-        measure: Measure = Weights(decoder.model.dtype.itemsize)
+        if self.params is not None:
+            return Goal.of_parameters(self.params, shape)
+        weights = Weights(decoder.model.dtype.itemsize)
+        measure: Measure = weights
         if limit == "serving_memory":
-            cache = cache_bytes(decoder, *self._served(step, decoder))
-            measure = Served(Weights(decoder.model.dtype.itemsize), shape.layers, cache)
+            measure = Served(weights, shape.layers, cache_bytes(decoder, *self._served(step, decoder)))
         before = whole(measure, shape.layers, shape.rest)
         wanted = self._fraction_or_size(getattr(self, limit))
         return Goal(limit, measure, wanted * before if wanted < 1 else wanted, before)
@@ -249,7 +251,7 @@ class Limit:
 
     def _speed_goal(self, step: str, decoder: Decoder, calibration: Calibration, allowed: Allowed) -> Goal:
         limit, shape = self.limit, decoder.shape()
-        stopwatch = Stopwatch(decoder, SPEEDS[limit][0], *self._served(step, decoder))
+        stopwatch = Stopwatch(decoder, SPEEDS[limit], *self._served(step, decoder))
         if self.speed_table is None:
             if lies_on_disk(decoder.modules[0]):
                 raise RecipeError(

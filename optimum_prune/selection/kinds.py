@@ -10,7 +10,7 @@ import torch
 
 from optimum_prune.anatomy.workload import Workload
 from optimum_prune.calibration.own_text import own_text
-from optimum_prune.selection.divergence import split
+from optimum_prune.selection.divergence import held_out_of, split
 from optimum_prune.text.windows import Windows, joined
 
 if TYPE_CHECKING:
@@ -29,8 +29,7 @@ def held_out_work(work: Workload, own: int) -> Workload:
     Args:
         own: windows that the model writes.
     """
-    free = own - CONTINUED * own // 3
-    counts = (min(HELD_OUT, max(each // 4, 1)) for each in (work.windows, free, work.windows) if each)
+    counts = (held_out_of(each, HELD_OUT) for each in (work.windows, _altogether_own(own), work.windows) if each)
     return work.on(sum(counts), min(HELD_OUT_LENGTH, work.length))
 
 
@@ -47,8 +46,7 @@ class TextKinds:
     @classmethod
     def with_own(cls, decoder: Decoder, calibration: Calibration, count: int) -> TextKinds:
         """The text that is given, and so many windows of the model's own: a third of them its own altogether."""
-        given, own = calibration.windows, count - CONTINUED * count // 3
-        fitted = split(given, HELD_OUT, HELD_OUT_LENGTH)[0]
+        given, own = calibration.windows, _altogether_own(count)
 
         def written(what: str, number: int, begun: Windows, *, continuing: bool) -> Windows | None:
             if not number:
@@ -60,7 +58,7 @@ class TextKinds:
         return cls(
             given,
             written("own text", own, given, continuing=False),
-            written("text continued", count - own, fitted, continuing=True),
+            written("text continued", count - own, _parted(given)[0], continuing=True),
         )
 
     @property
@@ -70,11 +68,9 @@ class TextKinds:
 
     def fitted(self, most: int) -> Windows:
         """Those to fit to: of the text given no more than so many, and no more of what the model wrote."""
-        given, own = (each and split(each, HELD_OUT, HELD_OUT_LENGTH)[0] for each in (self.given, self.own))
-        assert given is not None
-        some = [given.part(slice(most))]
-        if own is not None:
-            some.append(own.part(slice(most if self.continued is None else -(-most // 2))))
+        some = [_parted(self.given)[0].part(slice(most))]
+        if self.own is not None:
+            some.append(_parted(self.own)[0].part(slice(most if self.continued is None else -(-most // 2))))
         if self.continued is not None:
             some.append(self.continued.part(slice(most // 2)))
         return joined(some)
@@ -84,9 +80,19 @@ class TextKinds:
 
         One kind more is a passage of the text given, twice: few heads tell what was there before, and on most text nobody misses them.
         """
-        given = split(self.given, HELD_OUT, HELD_OUT_LENGTH)[1]
-        own = {} if self.own is None else {"the model's own": split(self.own, HELD_OUT, HELD_OUT_LENGTH)[1]}
+        given = _parted(self.given)[1]
+        own = {} if self.own is None else {"the model's own": _parted(self.own)[1]}
         return {"the text given": given, **own, "a passage twice": _half_twice(given)}
+
+
+def _altogether_own(count: int) -> int:
+    """Of so many windows that the model writes, how many continue nothing."""
+    return count - CONTINUED * count // 3
+
+
+def _parted(windows: Windows) -> tuple[Windows, Windows]:
+    """Those to fit to, and those to measure on."""
+    return split(windows, HELD_OUT, HELD_OUT_LENGTH)
 
 
 def _half_twice(windows: Windows) -> Windows:

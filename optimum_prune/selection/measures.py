@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from optimum_prune.anatomy.shape import ATTENTION, LayerShape, Shape
+from optimum_prune.surgery.cuts import Cuts
 
 if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder
@@ -32,6 +33,17 @@ def whole(measure: Measure, layers: Iterable[LayerShape | None], rest: LayerShap
     """What a model has whose layers are left so, or go where there is None."""
     left = (0.0 if layer is None else measure.of(index, layer) for index, layer in enumerate(layers))
     return math.fsum(left) + measure.of_rest(rest)
+
+
+def cuts_of(layers: Sequence[LayerShape | None], shape: Shape) -> Cuts:
+    """The layers and the blocks that are kept of a model whose layers are left so, or go where there is None."""
+    kept = tuple(index for index, layer in enumerate(layers) if layer is not None)
+    blocks = {
+        index: layer.blocks
+        for index, (layer, before) in enumerate(zip(layers, shape.layers, strict=True))
+        if layer is not None and layer.blocks != before.blocks
+    }
+    return Cuts(layers=None if len(kept) == len(layers) else kept, blocks=blocks)
 
 
 @dataclass(frozen=True)

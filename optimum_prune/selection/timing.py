@@ -20,7 +20,7 @@ from optimum_prune.anatomy.shape import ATTENTION, LayerShape, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.errors import RecipeError
 from optimum_prune.selection.allowed import SEEN, Allowed
-from optimum_prune.selection.measures import Times
+from optimum_prune.selection.measures import Times, cuts_of
 from optimum_prune.surgery.config import sync_config
 from optimum_prune.surgery.cuts import Cuts, Decision
 from optimum_prune.surgery.operation import carry_out, sharing_copy
@@ -130,16 +130,13 @@ def _axes(shapes: Sequence[LayerShape], allowed: Allowed) -> list[str]:
 def of_sizes(dense: Decoder, layers: Sequence[LayerShape | None]) -> Decoder:
     """A model of the sizes of another that would come of this one, with whichever weights."""
     made = replace(dense, model=sharing_copy(dense.model).requires_grad_(False))
-    units: dict[tuple[int | None, str], Units] = {}
-    blocks = {}
-    for index, (layer, after) in enumerate(zip(dense.layers, layers, strict=True)):
-        if after is None:
-            continue
-        units |= {(index, name): kept for name, kept in _first(layer.axes.values(), after)}
-        if after.blocks != layer.blocks:
-            blocks[index] = after.blocks
-    kept = tuple(index for index, after in enumerate(layers) if after is not None)
-    carry_out(made, Decision(Cuts(kept if len(kept) < len(layers) else None, blocks, units)))
+    units: dict[tuple[int | None, str], Units] = {
+        (layer.index, name): kept
+        for layer, after in zip(dense.layers, layers, strict=True)
+        if after is not None
+        for name, kept in _first(layer.axes.values(), after)
+    }
+    carry_out(made, Decision(cuts_of(layers, dense.shape()).merge(Cuts(units=units))))
     sync_config(made)
     return made
 

@@ -13,6 +13,7 @@ from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD
 from optimum_prune.refit.narrowing import Narrowing
 from optimum_prune.refit.rebuilding import pool
 from optimum_prune.refit.sequential import Repairs, Wanted, brought_to
+from optimum_prune.selection.measures import cuts_of
 from optimum_prune.surgery.config import sync_config
 from optimum_prune.surgery.operation import carry_out, changed_layer, sharing_copy
 
@@ -157,5 +158,5 @@ def test_gaps_and_cuts_are_read_off_what_is_wanted():
     whole, lacking = LayerShape(), LayerShape(blocks=(FEED_FORWARD,))
     wanted, shape = Wanted([whole, None, None, lacking, whole, None]), Shape((whole,) * 6)
     assert [wanted.gap_behind(index) for index in (0, 3, 4)] == [range(1, 3), range(4, 4), range(5, 6)]
-    assert wanted.cuts(shape) == Cuts(layers=(0, 3, 4), blocks={3: (FEED_FORWARD,)})
+    assert cuts_of(wanted.layers, shape) == Cuts(layers=(0, 3, 4), blocks={3: (FEED_FORWARD,)})
     assert [wanted.changed_before(index, shape) for index in (0, 1, 2)] == [False, False, True]

@@ -32,7 +32,6 @@ from optimum_prune.refit.solving import OfMedian
 from optimum_prune.selection.allowed import BLOCKS, Allowed
 from optimum_prune.selection.goals import Goal, Limit
 from optimum_prune.selection.kinds import TextKinds, held_out_work
-from optimum_prune.selection.measures import Weights
 from optimum_prune.selection.options import Prices
 from optimum_prune.selection.shapes import Choice, Priced, PriceList, cost_of, parameters_of, sizes_told
 from optimum_prune.selection.targets import Target, check_named_once, check_protected
@@ -73,7 +72,7 @@ class Budget(Limit, PrunePass):
         at_least=1,
     )
     own_text: float | None = option(
-        "Text that the model writes itself and is calibrated on besides, as a fraction of the text given. If not given: 1.2, or 0 if offloaded.",
+        f"Text that the model writes itself and is calibrated on besides, as a fraction of the text given. If not given: {OWN_TEXT}, or 0 if offloaded.",
         None,
         at_least=0,
         at_most=4,
@@ -131,8 +130,7 @@ class Budget(Limit, PrunePass):
         check_protected(self.name, self.protect, shape)
         self._allowed.check(shape)
         if self.share is not None:
-            goal = Goal("params", Weights(), self.share * shape.parameters, shape.parameters)
-            goal.check(self._allowed, shape)
+            Goal.of_parameters(self.share, shape).check(self._allowed, shape)
         return self._allowed.of_size(shape, self.guess * shape.parameters)
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
@@ -140,10 +138,10 @@ class Budget(Limit, PrunePass):
         both, few = work.on(given + own), held_out_work(work, own)
         wanted = Wanted(self._evenly(shape))
         fitted = work.on(min(FITTED, given) + min(FITTED, own))
-        costs = [pricing_cost(fitted, few, shape, self._allowed, PRICING)]
+        costs = [self.timing_cost(work, shape)]
         if own:
-            costs.insert(0, own_text_cost(work, shape, own))
-        costs.insert(0, self.timing_cost(work, shape))
+            costs.append(own_text_cost(work, shape, own))
+        costs.append(pricing_cost(fitted, few, shape, self._allowed, PRICING))
         if self.finalists > 1:
             costs.append(measuring_cost(fitted, few, shape, wanted, self._repairs).times(self.finalists))
         return Cost().followed_by(*costs, bringing_cost(both, shape, wanted, self._repairs))
