@@ -5,18 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
-
-import torch
+from typing import Any, Protocol
 
 from optimum_prune.anatomy.shape import ATTENTION, LayerShape, Shape
 from optimum_prune.surgery.cuts import Cuts
-
-if TYPE_CHECKING:
-    from optimum_prune.anatomy.decoder import Decoder
-
-TRIED = 4
-"""Tokens on which it is seen what a model keeps of each."""
 
 
 class Measure(Protocol):
@@ -82,22 +74,6 @@ class Served:
     def of_rest(self, rest: LayerShape) -> float:
         """Nothing there keeps anything."""
         return self.weights.of_rest(rest)
-
-
-@torch.no_grad()
-def cache_bytes(decoder: Decoder, batch: int, context: int) -> list[float]:
-    """What each layer of a model keeps of so many sequences of so many tokens, as the model itself keeps it."""
-    device = decoder.model.get_input_embeddings().weight.device
-    tokens = torch.zeros(1, TRIED, dtype=torch.long, device=device)
-    kept = decoder.model(input_ids=tokens, use_cache=True).past_key_values
-    return [batch * _bytes_of_layer(each, context) for each in kept.layers]
-
-
-def _bytes_of_layer(kept: Any, context: int) -> float:
-    """Of one sequence; a layer that looks back only so far keeps no more."""
-    longest = min(context, getattr(kept, "sliding_window", None) or context)
-    size: int = sum(each.numel() * each.element_size() for each in (kept.keys, kept.values))
-    return size / TRIED * longest
 
 
 @dataclass(frozen=True)
