@@ -184,7 +184,7 @@ def test_few_functions_take_many_arguments():
 AXES = {"heads", "head", "channels", "channel", "experts", "expert"}
 MAKERS = (
     *("anatomy/axes.py", "anatomy/routing.py", "anatomy/matrices.py", "anatomy/family.py", "builtin/families"),
-    *("builtin/prune/experts.py", "builtin/prune/sheared.py", "checkpoint/transformers4.py"),
+    *("builtin/prune/experts.py", "builtin/prune/sheared.py", "selection/mixtures.py", "checkpoint/transformers4.py"),
 )
 """What finds axes and matrices, the data from which it does, a method for one of them alone or whose options name a shape, and the names of
 config fields in another version of transformers."""

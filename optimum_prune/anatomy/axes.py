@@ -210,7 +210,7 @@ KINDS = (
         inputs_are="expert width",
     ),
     AxisKind("shared", _find_shared_channels, FEED_FORWARD),
-    AxisKind("whole_experts", _find_whole_experts, FEED_FORWARD, column="experts"),
+    AxisKind("whole_experts", _find_whole_experts, FEED_FORWARD, size="experts"),
 )
 """Those of every family, in the order in which they are cut."""
 
