@@ -14,33 +14,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from optimum_prune.anatomy.axis import Axis
 from optimum_prune.anatomy.shape import AxisShape, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
-from optimum_prune.calibration.stream import walk_cost
 from optimum_prune.errors import RecipeError
 from optimum_prune.hooks.marker import hookimpl
 from optimum_prune.options import option
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
-from optimum_prune.refit.hidden import Projecting
-from optimum_prune.refit.principal import energies, obstacle_to_rotation, principal_directions
-from optimum_prune.refit.projecting import Basis
+from optimum_prune.refit.narrower_states import NarrowerStates
 from optimum_prune.selection.targets import check_size, hidden_axis, sizes_of
-from optimum_prune.surgery.cuts import Cuts, Decision
+from optimum_prune.surgery.cuts import Decision
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from optimum_prune.anatomy.decoder import Decoder
     from optimum_prune.calibration.calibration import Calibration
-
-RUNS = 12
-"""How often, about, a layer runs, as it was or projected."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,35 +92,16 @@ class HiddenPruner(PrunePass):
             )
         return found
 
+    @property
+    def _how(self) -> NarrowerStates:
+        return NarrowerStates(self.name, self.keep, self.damping, self.correction, self.refit)
+
     def estimate(self, shape: Shape, work: Workload) -> Cost:
-        again = [work.run(layer, work.tokens, RUNS if self.refit else 5) for layer in shape.layers]
-        grams = 3 * 8 * work.hidden**2 * 3
-        new = shape.parameters * work.itemsize
-        cost = walk_cost(work, shape, streams=2).followed_by(*again)
-        return cost.with_memory(grams + new + work.stored_states(3)).followed_by(Cost(left=new))
+        return self._how.cost(work, shape)
 
     def decide(self, decoder: Decoder, calibration: Calibration) -> Iterator[Decision]:
-        axis = decoder.hidden()
-        assert axis is not None, "foresee refuses a model without one"
         size = self.foresee(decoder.shape()).rest.units("hidden")
-        matrix, kept, rotates = calibration.once("basis", partial(self._basis, decoder, calibration, axis, size))
-        projecting = Projecting(Basis(matrix, rotates), self.damping, self.correction, self.refit)
-        weights = projecting.weights(decoder, axis, calibration)
-        evidence = {"hidden_size": size, "keep": "directions" if rotates else "energy"}
-        yield Decision(Cuts.along("hidden", {None: tuple(kept)}), weights, evidence)
-
-    def _basis(
-        self, decoder: Decoder, calibration: Calibration, axis: Axis, size: int
-    ) -> tuple[Tensor, tuple[int, ...], bool]:
-        """What hidden states are projected on; which of their features this is, or the first if it is none; and whether it is none."""
-        why_not = "" if self.keep == "energy" else obstacle_to_rotation(decoder, calibration, axis)
-        if self.keep == "directions" and why_not:
-            raise RecipeError(f"hidden has keep 'directions', and {why_not}. Leave 'keep' out.")
-        if self.keep != "energy" and not why_not:
-            return principal_directions(decoder, calibration, axis)[:, :size].contiguous(), tuple(range(size)), True
-        best = energies(decoder, calibration, axis).sort(descending=True, stable=True).indices[:size].sort().values
-        kept = tuple(best.tolist())
-        return Basis.of_features(kept, axis.units).matrix, kept, False
+        yield self._how.decision(decoder, calibration, size)
 
 
 @hookimpl
