@@ -17,6 +17,7 @@ from optimum_prune.text.windows import Windows
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
     from optimum_prune.anatomy.decoder import Decoder
 
@@ -47,6 +48,8 @@ class Calibration:
     """Where hidden states, and what is summed over them, are kept."""
     progress: Progress = Progress()
     journal: Once = field(default_factory=NoJournal)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Of the model, for a pass that reads more text; None where only windows are given."""
 
     @classmethod
     def from_tokens(

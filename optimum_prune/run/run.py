@@ -60,7 +60,8 @@ class Run:
 
     def calibration(self) -> Calibration:
         """What the passes on the model in memory choose by, with the journal of what they compute."""
-        return Calibration(self.texts.calibration, self._activations(), self.progress, self._journal())
+        tokenizer = self.plan.source.tokenizer
+        return Calibration(self.texts.calibration, self._activations(), self.progress, self._journal(), tokenizer)
 
     def _journal(self) -> Once:
         if processes.size() > processes.here():  # on several machines, which may have no folder in common
