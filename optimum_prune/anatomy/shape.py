@@ -12,6 +12,8 @@ from optimum_prune.anatomy.axis import Indices
 ATTENTION, FEED_FORWARD = "attention", "feed_forward"
 BLOCKS = (ATTENTION, FEED_FORWARD)
 """The blocks of a decoder layer, in the order in which hidden states go through them or beside each other."""
+STATES = "hidden"
+"""The axis of the features of hidden states, as wide in the whole model."""
 
 Term = tuple[tuple[str, ...], int]
 """Some axes, and how many parameters there are for each combination of their units."""
@@ -55,6 +57,11 @@ class AxisShape:
     def inner(self) -> bool:
         """Whether its units are what is in front of its block's output, which can be refitted for some of them."""
         return self.width > 0
+
+    @property
+    def many(self) -> bool:
+        """Whether its units are single features, of which a multiple is kept: not heads, and not experts, which are few."""
+        return self.inner and self.block != ATTENTION
 
     @property
     def fewer(self) -> Indices:
@@ -152,6 +159,12 @@ class LayerShape:
     def within(self, block: str) -> tuple[AxisShape, ...]:
         """The axes of a block that are in front of its output."""
         return tuple(axis for axis in self.axes if axis.block == block and axis.inner)
+
+    @property
+    def narrowable(self) -> tuple[AxisShape, ...]:
+        """The axes of which it is known how units are chosen: those in front of an output, and those whose units are groups of such."""
+        grouped = {axis.grouped_by for axis in self.axes if axis.inner}
+        return tuple(axis for axis in self.axes if axis.inner or axis.name in grouped)
 
     def width(self, block: str) -> int:
         """Features in front of a block's output, of one expert if it is a mixture; 0 where there is no such block."""

@@ -24,6 +24,8 @@ from optimum_prune.refit.bridging import BRIDGING, bridged
 from optimum_prune.refit.reconstruction import refitting_cost
 from optimum_prune.selection.allowed import Allowed
 from optimum_prune.selection.divergence import Divergence, trial_cost
+from optimum_prune.selection.mixtures import AXIS as WHOLE
+from optimum_prune.selection.mixtures import best_members, seeing_cost
 from optimum_prune.selection.options import Curve, Prices
 from optimum_prune.surgery.cuts import Cuts, Decision
 from optimum_prune.surgery.norms import idle_norms
@@ -84,14 +86,21 @@ class _Pricing:
     def found(self, divergence: Divergence) -> dict[str, Any]:
         """Plain data: of each axis its sizes, their errors, and the price of an error; of each block, and of the layer behind, the cost."""
         curves, without, behind = dict(self._narrowed()), dict(self._without_blocks()), self._without_next()
-        trials = {("axis", name): (_middle(decisions), 0) for name, decisions in curves.items()}
-        trials |= {("without", block): (decision, 0) for block, decision in without.items()}
-        trials |= {} if behind is None else {("behind", ""): (behind, 1)}
+        trials = {
+            ("axis", name, place): (decision, 0)
+            for name, decisions in curves.items()
+            for place, decision in enumerate(self._measured(name, decisions))
+        }
+        trials |= {("without", block, 0): (decision, 0) for block, decision in without.items()}
+        trials |= {} if behind is None else {("behind", "", 0): (behind, 1)}
         costs = dict(zip(trials, self._costs(divergence, trials.values()), strict=True))
         return {
-            "axes": {name: self._curve(name, each, costs["axis", name]) for name, each in curves.items()},
-            "blocks": {block: [costs["without", block], self._parameters(each)] for block, each in without.items()},
-            "behind": costs.get(("behind", "")),
+            "axes": {
+                name: self._curve(name, each, [cost for (_, named, _), cost in costs.items() if named == name])
+                for name, each in curves.items()
+            },
+            "blocks": {block: [costs["without", block, 0], self._parameters(each)] for block, each in without.items()},
+            "behind": costs.get(("behind", "", 0)),
         }
 
     def _costs(self, divergence: Divergence, trials: Collection[tuple[Decision, int]]) -> list[float]:
@@ -102,18 +111,31 @@ class _Pricing:
         costs = divergence.of(self.probe, decisions, skipped)
         return [max(cost, 0.0) if math.isfinite(cost) else math.inf for cost in costs]
 
+    @property
+    def _sizes(self) -> dict[str, list[int]]:
+        """Of each axis, from many to few."""
+        return self.allowed.seen(self.visit.index, self.visit.layer.shape())
+
     def _narrowed(self) -> Iterator[tuple[str, list[Decision]]]:
         """Each axis, and how it is narrowed to each size, from many to few."""
-        for name, sizes in self.allowed.seen(self.visit.index, self.visit.layer.shape()).items():
-            yield name, self.narrowing.decisions(self.visit, name, sizes)
+        for name, sizes in self._sizes.items():
+            if name == WHOLE:
+                yield name, best_members(self.visit, sizes)
+            else:
+                yield name, self.narrowing.decisions(self.visit, name, sizes)
 
-    def _curve(self, name: str, decisions: Sequence[Decision], cost: float) -> list[Any]:
-        """The sizes of an axis, from few to all, their errors, and the price of an error."""
-        axis = self.visit.layer.axes[name]
-        errors = [_error(decision) for decision in decisions]
-        sizes = [decision.evidence[axis.size] for decision in decisions]
-        price = cost / max(_error(_middle(decisions)), 1e-12)
-        return [[*reversed(sizes), axis.units], [*reversed(errors), 0.0], price]
+    def _measured(self, name: str, decisions: Sequence[Decision]) -> Sequence[Decision]:
+        """Those of some sizes whose cost is measured: one, if their errors tell the cost of the others."""
+        return decisions if name == WHOLE else [decisions[len(decisions) // 2]]
+
+    def _curve(self, name: str, decisions: Sequence[Decision], costs: Sequence[float]) -> list[Any]:
+        """The sizes of an axis, from few to all, their errors, and the price of an error; or their costs, and a price of 1."""
+        units, sizes = self.visit.layer.axes[name].units, self._sizes[name]
+        errors, price = costs, 1.0
+        if name != WHOLE:
+            errors = [_error(decision) for decision in decisions]
+            price = costs[0] / max(errors[len(errors) // 2], 1e-12)
+        return [[*reversed(sizes), units], [*reversed(errors), 0.0], price]
 
     def _without_blocks(self) -> Iterator[tuple[str, Decision]]:
         """Attention, if it may go, and the layer without it as it is.
@@ -143,11 +165,6 @@ def _count(module: nn.Module) -> int:
     return sum(each.numel() for each in module.parameters())
 
 
-def _middle(decisions: Sequence[Decision]) -> Decision:
-    """That of some sizes whose cost is measured."""
-    return decisions[len(decisions) // 2]
-
-
 def _error(decision: Decision) -> float:
     """The relative error of a block's output once it is narrowed; of experts, that of all on average."""
     error = decision.evidence["relative_error"]
@@ -163,8 +180,12 @@ def pricing_cost(fitted: Workload, few: Workload, shape: Shape, allowed: Allowed
     """
     costs = []
     for index, layer in enumerate(shape.layers):
-        narrower = (layer.narrowed({name: sizes[-1]}) for name, sizes in allowed.seen(index, layer).items())
-        decisions = [(narrowing.cost(fitted, layer, after), 1) for after in narrower]
+        decisions = [
+            (seeing_cost(fitted, layer), len(sizes))
+            if name == WHOLE
+            else (narrowing.cost(fitted, layer, layer.narrowed({name: sizes[-1]})), 1)
+            for name, sizes in allowed.seen(index, layer).items()
+        ]
         decisions += [(refitting_cost(fitted, layer, FEED_FORWARD), 1)] if allowed.may_go(index + 1) else []
         decisions += [(Cost(), 1)] if allowed.may_lack_attention(index) else []
         costs.append(trial_cost(fitted, few, shape, index, decisions))

@@ -12,19 +12,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, FEED_FORWARD, LayerShape, Shape
+from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, FEED_FORWARD, STATES, LayerShape, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.stream import check_finite, walk_cost
 from optimum_prune.calibration.visit import LayerVisit
 from optimum_prune.refit.bridging import BRIDGING
 from optimum_prune.refit.healing import gap_behind, through
+from optimum_prune.refit.narrower_states import NarrowerStates
 from optimum_prune.refit.narrowing import Narrowing
 from optimum_prune.refit.reading import reading_cost, reread
 from optimum_prune.refit.rebuilding import pool
 from optimum_prune.refit.reconstruction import refitted, refitting_cost
 from optimum_prune.refit.solving import OfMedian
 from optimum_prune.selection.measures import cuts_of
+from optimum_prune.selection.mixtures import AXIS as WHOLE
+from optimum_prune.selection.mixtures import best_members, seeing_cost
+from optimum_prune.selection.shapes import states_of
+from optimum_prune.surgery.config import sync_config
 from optimum_prune.surgery.cuts import Decision
+from optimum_prune.surgery.operation import sharing_copy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +39,8 @@ if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder
     from optimum_prune.calibration.calibration import Calibration
 
+STATES_NARROWING = NarrowerStates("budget")
+"""How hidden states become narrower, if they do."""
 TOGETHER = 64
 """Units of a rebuilt FFN that go before the rest are ranked anew: it has the units of several to begin with."""
 
@@ -49,6 +57,10 @@ class Repairs:
     rebuild: bool = True
     """Whether an FFN in front of a gap has the units of those that go to choose from."""
 
+    def quicker(self, step: int) -> Repairs:
+        """What tells which of some models is best: no fewer units are removed before the rest are ranked anew, and what is read stays."""
+        return replace(self, narrowing=replace(self.narrowing, step=max(step, self.narrowing.step)), reading=0.0)
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -56,6 +68,11 @@ class Wanted:
 
     layers: Sequence[LayerShape | None]
     """Of each decoder layer its shape, without the blocks that go; None of those that go."""
+
+    @property
+    def states(self) -> int:
+        """How many features its hidden states have."""
+        return states_of(tuple(self.layers))
 
     def gap_behind(self, index: int) -> range:
         """The layers right behind a layer that go."""
@@ -73,9 +90,15 @@ def brought_to(
 ) -> Iterator[Decision]:
     """The decisions by which a model gets the sizes that are wanted; each is to be carried out before the next is asked for.
 
+    Hidden states become narrower first; then all is measured by the model that has these.
+
     Args:
         dense: the same model, which stays as it is.
     """
+    if wanted.states < dense.shape().rest.units(STATES):
+        yield STATES_NARROWING.decision(dense, calibration, wanted.states)
+        sync_config(decoder)
+        dense = replace(decoder, model=sharing_copy(decoder.model).requires_grad_(False))
     shape, hidden = dense.shape(), dense.hidden()
     visits = calibration.walk(decoder, "Refitting, layer by layer")
     references = calibration.quiet().walk(dense, "")
@@ -84,7 +107,7 @@ def brought_to(
         if after is None:
             visit.skip()
             continue
-        local = _Layer(dense, hidden, calibration, visit, reference)
+        local = _Layer(decoder, dense, hidden, calibration, visit, reference)
         yield from local.decisions(before, after, wanted, repairs, wanted.changed_before(visit.index, shape))
     yield Decision(cuts_of(wanted.layers, shape))
 
@@ -93,6 +116,7 @@ def brought_to(
 class _Layer:
     """A layer that is brought to its size, and what it was in the dense model."""
 
+    decoder: Decoder
     dense: Decoder
     hidden: Axis | None
     calibration: Calibration
@@ -120,6 +144,7 @@ class _Layer:
                 yield from self._moved(ATTENTION, attended, narrowing.damping, strength)
         if FEED_FORWARD in after.blocks and changed:
             yield from self._reread(FEED_FORWARD, repairs)
+        yield from self._fewer_members(before, after)
         self.reference.leave()
         gap = wanted.gap_behind(visit.index)
         if gap or gone:
@@ -127,6 +152,14 @@ class _Layer:
         else:
             goal = self.reference if strength else None
             yield from narrowing.of_block(visit, self.calibration, FEED_FORWARD, shapes, goal)
+
+    def _fewer_members(self, before: LayerShape, after: LayerShape) -> Iterator[Decision]:
+        """Of a mixture those that matter most; from then on the layer is one of so many."""
+        if (keep := after.units(WHOLE)) in (0, before.units(WHOLE)):
+            return
+        yield from self._once("members", lambda: best_members(self.visit, (keep,))[0])
+        self.visit.layer = self.decoder.layer(self.visit.index)
+        self.visit.forget(FEED_FORWARD)
 
     def _once(self, what: str, decide: Callable[[], Decision | None]) -> Iterator[Decision]:
         decision = self.calibration.once(f"{what} of layer {self.visit.index}", decide)
@@ -187,10 +220,12 @@ class _Layer:
 
 def bringing_cost(work: Workload, shape: Shape, wanted: Wanted, repairs: Repairs) -> Cost:
     """What `brought_to` takes."""
-    costs = []
+    costs = [STATES_NARROWING.cost(work, shape)] if wanted.states < shape.rest.units(STATES) else []
     for before, after in zip(shape.layers, wanted.layers, strict=True):
         if after is None:
             continue
+        if after.units(WHOLE) < before.units(WHOLE):
+            costs.append(seeing_cost(work, before))
         reading = reading_cost(work).times(len(BLOCKS) if repairs.reading else 0)
         costs += [repairs.narrowing.cost(work, before, after), refitting_cost(work, before, *BLOCKS), reading]
     held = work.stored_states(4)

@@ -6,18 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD, AxisShape, LayerShape, Shape
+from optimum_prune.anatomy.shape import FEED_FORWARD, STATES, AxisShape, LayerShape, Shape
 from optimum_prune.errors import RecipeError
 from optimum_prune.selection.measures import Measure
 from optimum_prune.selection.options import Curve, Prices
-from optimum_prune.selection.targets import Target
+from optimum_prune.selection.targets import Target, sizes_of
 
 LAYERS, BLOCKS = "layers", "blocks"
 """What may go besides the units of axes."""
 SEEN = (1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6)
 """Fractions of the units of an axis at which it is looked what they cost."""
 FEWEST = 1 / 6
-"""Of the channels of a layer so many stay: with fewer, what it loses is no longer in proportion."""
+"""Of the units of an axis so many stay: with fewer, what it loses is no longer in proportion."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Allowed:
     step: str
     """The pass that asks."""
     names: tuple[str, ...] = ()
-    """Layers, blocks, or axes by their names; everything if none are given."""
+    """Layers, blocks, or axes by their names; everything but hidden states if none are given."""
     protect: tuple[int, ...] = ()
     """Layers that stay as they are."""
     multiple_of: int | None = None
@@ -46,16 +46,21 @@ class Allowed:
         """Whether a layer may be left without its attention."""
         return self.allows(BLOCKS) and not self.even and index not in self.protect
 
+    def states(self, shape: Shape) -> list[int]:
+        """To how many features hidden states may become narrower: only where that is asked for, since it costs most by far."""
+        axis = next((axis for axis in shape.rest.axes if axis.name == STATES), None)
+        return [] if axis is None or STATES not in self.names else sizes_of(axis)
+
     def sizes(self, index: int, layer: LayerShape) -> dict[str, list[int]]:
         """Of each axis of a layer that may be narrowed, how many units may be left, from few to all."""
         if index in self.protect:
             return {}
-        possible = {axis.name: self._possible(axis) for axis in layer.axes if axis.inner and self.allows(axis.name)}
+        possible = {axis.name: self._possible(axis) for axis in layer.narrowable if self.allows(axis.name)}
         return {name: sizes for name, sizes in possible.items() if len(sizes) > 1}
 
     def _possible(self, axis: AxisShape) -> list[int]:
-        if axis.block == ATTENTION:
-            return [*axis.fewer, axis.units]
+        if not axis.many:
+            return [*(size for size in axis.fewer if size >= math.floor(FEWEST * axis.units)), axis.units]
         multiple = Target(self.step, axis.block, (), self.multiple_of).multiple(axis)
         least = max(math.ceil(FEWEST * axis.units / multiple), 1) * multiple
         return [*(size for size in range(least, axis.units, multiple) if size in axis.fewer), axis.units]
@@ -70,13 +75,17 @@ class Allowed:
         Raises:
             RecipeError: a name is not there, or layers are not alike.
         """
-        inner = (axis.name for layer in shape.layers for axis in layer.axes if axis.inner)
-        known = dict.fromkeys([LAYERS, BLOCKS, *inner])
+        units = (axis.name for layer in shape.layers for axis in layer.narrowable)
+        known = dict.fromkeys([LAYERS, BLOCKS, *units, *([STATES] if shape.rest.units(STATES) else [])])
         for name in self.names:
             if name not in known:
                 raise RecipeError(
                     f"{self.step} is to allow '{name}' to become less. Of this model there are: {', '.join(known)}."
                 )
+        if STATES in self.names and not self.even:
+            raise RecipeError(
+                f"{self.step} is to allow narrower hidden states, which are as wide in every layer. Ask for the form 'stock'."
+            )
         if self.even and not shape.even:
             raise RecipeError(
                 f"{self.step} has form 'stock', in which all layers are alike, and those of this model are not. Use the form 'heterogeneous'."
@@ -84,6 +93,7 @@ class Allowed:
 
     def smallest(self, shape: Shape, measure: Measure) -> float:
         """What the smallest model has that may be left: of two layers beside each other, one stays."""
+        shape = shape.narrowed({STATES: min(states)}) if (states := self.states(shape)) else shape
         left, gone = measure.of_rest(shape.rest), False
         for index, layer in enumerate(shape.layers):
             gone = self.may_go(index) and not gone
@@ -109,8 +119,8 @@ class Allowed:
         if self.even:
             return replace(shape, layers=layers)
         multiples = Target(self.step, FEED_FORWARD, self.protect, self.multiple_of).least(shape)
-        attention = {axis.name: 1 for layer in shape.layers for axis in layer.within(ATTENTION)}
-        searched = {name: each for name, each in {**attention, **multiples}.items() if self.allows(name)}
+        few = {axis.name: 1 for layer in shape.layers for axis in layer.narrowable if not axis.many}
+        searched = {name: each for name, each in {**few, **multiples}.items() if self.allows(name)}
         return replace(shape, layers=layers, searched=searched, searched_blocks=self.allows(BLOCKS))
 
 

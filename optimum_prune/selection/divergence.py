@@ -81,23 +81,24 @@ class Divergence:
     @torch.no_grad()
     def of_model(self, other: Decoder, calibration: Calibration) -> float:
         """What a whole model costs that was made of this one, on the same windows."""
-        totals = [0.0]
-        layers = range(len(other))
+        total, layers = 0.0, range(len(other))
         for (batch, hidden), end in zip(calibration.embed(other), self._ends, strict=True):
-            totals = self._added(totals, batch, end, [run_layers(other, batch, hidden, layers)])
-        return processes.all_sums(totals)[0] / self._tokens
+            behind = run_layers(other, batch, hidden, layers)
+            pieces = zip(self._logits(self._decoder, batch, end), self._logits(other, batch, behind), strict=True)
+            total += sum(Reference(piece).divergence(others) for piece, others in pieces)
+        return processes.all_sums([total])[0] / self._tokens
 
     def _added(self, totals: list[float], batch: Batch, end: Tensor, ends: Sequence[Tensor]) -> list[float]:
-        for pieces in zip(*(self._logits(batch, each) for each in (end, *ends)), strict=True):
+        for pieces in zip(*(self._logits(self._decoder, batch, each) for each in (end, *ends)), strict=True):
             reference = Reference(pieces[0])
             totals = [total + reference.divergence(piece) for total, piece in zip(totals, pieces[1:], strict=True)]
         return totals
 
-    def _logits(self, batch: Batch, hidden: Tensor) -> Iterator[Tensor]:
+    def _logits(self, decoder: Decoder, batch: Batch, hidden: Tensor) -> Iterator[Tensor]:
         """Window by window, where tokens count."""
         strided = Batch(batch.tokens[:, :: self._stride], batch.mask[:, :: self._stride], ())
         for one, part in strided.split(hidden[:, :: self._stride]):
-            yield logits(self._decoder, one, part)[one.mask]
+            yield logits(decoder, one, part)[one.mask]
 
     def _run(self, batch: Batch, layer: nn.Module, index: int, skip: int, hidden: Tensor) -> Tensor:
         behind = batch.run(layer, index, hidden)

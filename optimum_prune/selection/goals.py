@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from optimum_prune.anatomy.shape import Shape
 from optimum_prune.anatomy.workload import Cost, Workload
+from optimum_prune.calibration.cache import cache_bytes
 from optimum_prune.checkpoint.opening import length_limit
 from optimum_prune.errors import RecipeError
 from optimum_prune.machine import given_files, processes
@@ -16,8 +17,8 @@ from optimum_prune.machine.mapped_weights import lies_on_disk
 from optimum_prune.machine.sizes import size_of
 from optimum_prune.options import NUMBER, check_options, option
 from optimum_prune.selection.allowed import Allowed
-from optimum_prune.selection.measures import Measure, Served, Times, Weights, cache_bytes, whole
-from optimum_prune.selection.shapes import Choice, Priced
+from optimum_prune.selection.measures import Measure, Served, Times, Weights, whole
+from optimum_prune.selection.shapes import Choice, Priced, rest_of
 from optimum_prune.selection.timing import Step, Stopwatch, read_table, timing_cost
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ class Goal:
         """What a choice comes to beside its parameters, as evidence."""
         if self.option == "params":
             return {}
-        size = self.known.get(choice) or whole(self.measure, choice, shape.rest)
+        size = self.known.get(choice) or whole(self.measure, choice, rest_of(choice, shape))
         return {self.option: size if self.option in SIZES else self.before / size}
 
 

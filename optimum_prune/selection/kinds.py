@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,27 +11,34 @@ import torch
 
 from optimum_prune.anatomy.workload import Workload
 from optimum_prune.calibration.own_text import own_text
+from optimum_prune.errors import RecipeError
+from optimum_prune.machine import processes
 from optimum_prune.selection.divergence import held_out_of, split
+from optimum_prune.text.tasks import SOURCE as TASKS
+from optimum_prune.text.tasks import task_windows
 from optimum_prune.text.windows import Windows, joined
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from optimum_prune.anatomy.decoder import Decoder
     from optimum_prune.calibration.calibration import Calibration
 
-HELD_OUT, HELD_OUT_LENGTH = 5, 256
+HELD_OUT, HELD_OUT_LENGTH = 4, 256
 """Windows of each kind that are measured on, at most, and tokens of these that are used."""
 CONTINUED = 2
 """Of three windows that the model writes, so many continue passages of the text given."""
 
 
-def held_out_work(work: Workload, own: int) -> Workload:
+def held_out_work(work: Workload, own: int, *, tasks: bool = False) -> Workload:
     """That of the windows to measure on.
 
     Args:
         own: windows that the model writes.
+        tasks: whether there are tasks.
     """
     counts = (held_out_of(each, HELD_OUT) for each in (work.windows, _altogether_own(own), work.windows) if each)
-    return work.on(sum(counts), min(HELD_OUT_LENGTH, work.length))
+    return work.on(sum(counts) + HELD_OUT * tasks, min(HELD_OUT_LENGTH, work.length))
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,13 @@ class TextKinds:
     """What the model wrote when it was asked for nothing."""
     continued: Windows | None = None
     """What it wrote behind passages of the text given."""
+    tasks: Windows | None = None
+    """Questions with their answers, to which nothing is fitted."""
 
     @classmethod
-    def with_own(cls, decoder: Decoder, calibration: Calibration, count: int) -> TextKinds:
+    def with_own(
+        cls, decoder: Decoder, calibration: Calibration, count: int, tasks: Windows | None = None
+    ) -> TextKinds:
         """The text that is given, and so many windows of the model's own: a third of them its own altogether."""
         given, own = calibration.windows, _altogether_own(count)
 
@@ -59,6 +71,7 @@ class TextKinds:
             given,
             written("own text", own, given, continuing=False),
             written("text continued", count - own, _parted(given)[0], continuing=True),
+            tasks,
         )
 
     @property
@@ -82,7 +95,34 @@ class TextKinds:
         """
         given = _parted(self.given)[1]
         own = {} if self.own is None else {"the model's own": _parted(self.own)[1]}
-        return {"the text given": given, **own, "a passage twice": _half_twice(given)}
+        tasks = {} if self.tasks is None else {"the tasks": self.tasks}
+        return {"the text given": given, **own, "a passage twice": _half_twice(given), **tasks}
+
+
+def read_tasks(step: str, names: Sequence[str], calibration: Calibration) -> Windows | None:
+    """Windows of tasks, as they were when the run began; None if there are none.
+
+    Args:
+        step: the pass that asks.
+        names: of files.
+
+    Raises:
+        RecipeError: there is no tokenizer to read them with.
+        TextError: a file holds something else.
+    """
+    if not names:
+        return None
+    given, tokenizer = calibration.windows, calibration.tokenizer
+    if tokenizer is None:
+        raise RecipeError(f"{step} has tasks, and there is no tokenizer to read them with. Leave them out.")
+
+    def read() -> list[Tensor]:
+        bos = int(given.tokens[0, 0]) if given.bos else None
+        found = task_windows(names, tokenizer, min(HELD_OUT_LENGTH, given.length), HELD_OUT, bos)
+        return [found.tokens, found.mask]
+
+    tokens, mask = calibration.once("tasks", lambda: processes.broadcast_from_first(read))
+    return Windows(tokens.to(given.tokens), mask.to(given.mask), TASKS, given.bos)
 
 
 def _altogether_own(count: int) -> int:

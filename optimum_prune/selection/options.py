@@ -77,8 +77,8 @@ class Prices:
         return [*ways, *([] if self.whole is None else [(None, self.whole)])]
 
     def _narrowed(self, block: str, shape: LayerShape, cost: float) -> Iterable[tuple[LayerShape, float]]:
-        for axis in shape.within(block):
-            if axis.name in self.curves:
+        for axis in shape.axes:
+            if axis.block == block and axis.name in self.curves:
                 curve = self.curves[axis.name]
                 for size in self.multiples[axis.name]:
                     if size < axis.units:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
-from optimum_prune.anatomy.shape import LayerShape, Shape
+from optimum_prune.anatomy.shape import STATES, LayerShape, Shape
 from optimum_prune.selection.measures import Measure, whole
 from optimum_prune.selection.options import Option, Prices, chosen, frontier, hull
 
@@ -57,13 +57,20 @@ class PriceList:
         found = [(choice, math.fsum(option.cost for option in picked))]
         return found if self.size(choice) <= size * (1 + 1e-3) else []
 
-    def even(self, size: float, most: int) -> list[Priced]:
+    def with_states(self, size: int) -> PriceList:
+        """Of the same model once its hidden states have so many features; what that costs is not among these prices."""
+        states = {STATES: size}
+        layers = [replace(each, shape=each.shape.narrowed(states)) for each in self.layers]
+        return replace(self, layers=layers, rest=self.rest.narrowed(states))
+
+    def even(self, size: float, most: int, miss: float = 0.0) -> list[Priced]:
         """The best choices in which all layers that stay are alike, nearest to a size.
 
         For each number of layers that go, and each number of units of the axes but one, that one is narrowed to what is nearest.
 
         Args:
             most: of the choices.
+            miss: how much of the size they may miss, where nothing of layers can be narrowed to come nearer.
         """
         first = self.layers[0]
         widest = max(first.curves, key=lambda name: len(first.multiples[name]), default=None)
@@ -74,12 +81,14 @@ class PriceList:
         found: dict[Choice, float] = {}
         for gone in range(len(self.layers) // 2 + 1):
             for units in product(*sizes.values()):
-                choice = self._even(gone, dict(zip(sizes, units, strict=True)), widest, size)
+                choice = self._even(gone, dict(zip(sizes, units, strict=True)), widest, size, miss)
                 if choice is not None:
                     found[choice[0]] = choice[1]
         return sorted(((choice, cost) for choice, cost in found.items() if math.isfinite(cost)), key=cost_of)[:most]
 
-    def _even(self, gone: int, units: Mapping[str, int], widest: str | None, size: float) -> Priced | None:
+    def _even(
+        self, gone: int, units: Mapping[str, int], widest: str | None, size: float, miss: float
+    ) -> Priced | None:
         """The best choice with so many layers gone and these units, the widest axis narrowed to what is left of a size; None without any."""
         first = self.layers[0]
         fits = [first.shape.narrowed(units)]
@@ -88,7 +97,7 @@ class PriceList:
         stay, room = len(self.layers) - gone, size - self.measure.of_rest(self.rest)
         sizes = [stay * self._on_average(shape) for shape in fits]
         nearest = min(range(len(fits)), key=lambda place: abs(sizes[place] - room))
-        step = max((abs(a - b) for a, b in pairwise(sizes)), default=stay)
+        step = max((abs(a - b) for a, b in pairwise(sizes)), default=max(stay, miss))
         if abs(sizes[nearest] - room) > step / 2:
             return None
         return self._with_gone(gone, fits[nearest])
@@ -128,9 +137,19 @@ def _cost_as(prices: Prices, shape: LayerShape) -> float:
     )
 
 
+def states_of(choice: Choice) -> int:
+    """How many features the hidden states have; 0 where the config cannot say another number."""
+    return max((layer.units(STATES) for layer in choice if layer is not None), default=0)
+
+
+def rest_of(choice: Choice, shape: Shape) -> LayerShape:
+    """What belongs to no layer, of a model whose layers are left so."""
+    return shape.rest.narrowed({STATES: states_of(choice)}) if states_of(choice) else shape.rest
+
+
 def parameters_of(choice: Choice, shape: Shape) -> int:
     """Of the whole model."""
-    return shape.rest.parameters + sum(layer.parameters for layer in choice if layer is not None)
+    return rest_of(choice, shape).parameters + sum(layer.parameters for layer in choice if layer is not None)
 
 
 def sizes_told(choice: Choice, shape: Shape) -> Iterator[str]:

@@ -156,7 +156,7 @@ def _first(axes: Iterable[Axis], after: LayerShape) -> Iterator[tuple[str, Units
 
 def timing_cost(work: Workload, shape: Shape, step: Step, batch: int, context: int) -> Cost:
     """What a table of times takes, and the measurements behind it."""
-    models = MODELS + sum(len(SEEN) for axis in shape.layers[0].axes if axis.inner)
+    models = MODELS + sum(len(SEEN) for _ in shape.layers[0].narrowable)
     turns = 2 * models * (TURNS[0] + 1 if step == "prefill" else 1)
     served = replace(work, windows=batch, length=context)
     copies = sum(map(served.layer, shape.layers)) + served.states(4)

@@ -10,11 +10,13 @@ by layer, each refitted on the stream of those before it (`refit/sequential.py`)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from optimum_prune.anatomy.shape import FEED_FORWARD, LayerShape, Shape
+from optimum_prune.anatomy.shape import FEED_FORWARD, STATES, LayerShape, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.library import kept_in
 from optimum_prune.calibration.own_text import own_text_cost
@@ -27,16 +29,18 @@ from optimum_prune.passes.prune import PrunePass
 from optimum_prune.refit.finalists import measured, measuring_cost
 from optimum_prune.refit.narrowing import Narrowing
 from optimum_prune.refit.pricing import priced, pricing_cost
-from optimum_prune.refit.sequential import Repairs, Wanted, bringing_cost, brought_to
+from optimum_prune.refit.sequential import STATES_NARROWING, Repairs, Wanted, bringing_cost, brought_to
 from optimum_prune.refit.solving import OfMedian
 from optimum_prune.selection.allowed import BLOCKS, Allowed
-from optimum_prune.selection.goals import Goal, Limit
-from optimum_prune.selection.kinds import TextKinds, held_out_work
+from optimum_prune.selection.goals import SPEEDS, Goal, Limit
+from optimum_prune.selection.kinds import TextKinds, held_out_work, read_tasks
+from optimum_prune.selection.measures import whole
 from optimum_prune.selection.options import Prices
 from optimum_prune.selection.shapes import Choice, Priced, PriceList, cost_of, parameters_of, sizes_told
 from optimum_prune.selection.targets import Target, check_named_once, check_protected
 from optimum_prune.surgery.cuts import NOTE, Decision
 from optimum_prune.surgery.operation import sharing_copy
+from optimum_prune.text.tasks import check_task_files
 from optimum_prune.text.windows import joined
 
 if TYPE_CHECKING:
@@ -44,11 +48,15 @@ if TYPE_CHECKING:
     from optimum_prune.calibration.calibration import Calibration
 
 FITTED = 10
-"""Windows of each kind to which is fitted, at most, to see what cutting costs, and which of some models loses least."""
+"""Windows of each kind to which is fitted, at most, to see what cutting costs."""
+FITTED_FINALISTS = 6
+"""The same, to see which of some models loses least."""
 OWN_TEXT = 1.2
 """Text that the model writes itself, as a fraction of the text given."""
 PRICING = Narrowing(OfMedian(0.05), step=16)
 """How layers are narrowed to see what that costs."""
+STATES_TRIED = 3
+"""Numbers of features of hidden states that are tried, at most."""
 MORE = 4
 """How many models are made and measured at most."""
 
@@ -97,6 +105,10 @@ class Budget(Limit, PrunePass):
         at_least=1,
         at_most=MORE,
     )
+    tasks: tuple[str, ...] = option(
+        "Files of questions on which it is measured as well what a model loses: JSON lines with 'query', 'choices' and 'gold', the number of the right one.",
+        (),
+    )
     library: str | None = option(
         "A folder to keep in what layers cost, and to take it from: a search for another size begins there.", None
     )
@@ -106,6 +118,7 @@ class Budget(Limit, PrunePass):
         super().__post_init__()
         self.check_limit(self.name)
         check_named_once(self.name, self.protect)
+        check_task_files(self.tasks)
         if self.form == "stock" and self.protect:
             raise RecipeError(
                 "budget has form 'stock', in which all layers are alike, and layers to protect. Leave one of the two out."
@@ -131,19 +144,25 @@ class Budget(Limit, PrunePass):
         self._allowed.check(shape)
         if self.share is not None:
             Goal.of_parameters(self.share, shape).check(self._allowed, shape)
+        if self._allowed.states(shape) and self.limit in SPEEDS:
+            raise RecipeError(
+                f"{self.name} is to allow narrower hidden states, and has {self.limit}: no table tells the times of those. Leave one of the two out."
+            )
         return self._allowed.of_size(shape, self.guess * shape.parameters)
 
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         given, own = work.windows, self._own_windows(work.windows, offloaded=work.offloaded)
-        both, few = work.on(given + own), held_out_work(work, own)
-        wanted = Wanted(self._evenly(shape))
-        fitted = work.on(min(FITTED, given) + min(FITTED, own))
+        both, few = work.on(given + own), held_out_work(work, own, tasks=bool(self.tasks))
+        wanted, quick = Wanted(self._evenly(shape)), self._repairs.quicker(PRICING.step)
+        fitted, fitted_less = (work.on(min(most, given) + min(most, own)) for most in (FITTED, FITTED_FINALISTS))
         costs = [self.timing_cost(work, shape)]
         if own:
             costs.append(own_text_cost(work, shape, own))
         costs.append(pricing_cost(fitted, few, shape, self._allowed, PRICING))
+        if self._allowed.states(shape):
+            costs.append(STATES_NARROWING.cost(fitted, shape).times(STATES_TRIED))
         if self.finalists > 1:
-            costs.append(measuring_cost(fitted, few, shape, wanted, self._repairs).times(self.finalists))
+            costs.append(measuring_cost(fitted_less, few, shape, wanted, quick).times(self.finalists))
         return Cost().followed_by(*costs, bringing_cost(both, shape, wanted, self._repairs))
 
     def _evenly(self, shape: Shape) -> list[LayerShape | None]:
@@ -158,25 +177,46 @@ class Budget(Limit, PrunePass):
         goal = self.goal(self.name, dense, calibration, self._allowed)
         goal.check(self._allowed, dense.shape())
         own = self._own_windows(len(calibration.windows), offloaded=lies_on_disk(dense.modules[0]))
-        kept = kept_in(self.library, calibration, dense.model, self._allowed, own)
-        texts = TextKinds.with_own(dense, kept, own)
+        tasks = read_tasks(self.name, self.tasks, calibration)
+        asked = [] if tasks is None else tasks.tokens.tolist()
+        kept = kept_in(self.library, calibration, dense.model, self._allowed, own, *asked)
+        texts = TextKinds.with_own(dense, kept, own, tasks)
         few, held_out = kept.on(texts.fitted(FITTED)), kept.on(joined(list(texts.held_out().values())))
         layers = priced(dense, few, held_out, self._allowed, PRICING)
         prices = PriceList(layers, dense.shape().rest, goal.measure)
-        best, evidence = self._best(dense, calibration, texts, goal, self._choices(prices, goal))
+        states = self._states(dense, calibration.on(few.windows), calibration.on(held_out.windows), goal)
+        best, evidence = self._best(dense, calibration, texts, goal, self._choices(prices, goal, states))
         front = [[size / goal.before, cost] for size, cost in prices.frontier()]
         times = {"times": goal.times} if goal.times else {}
         yield Decision(evidence={**evidence, **_told(layers, dense.shape()), "frontier": front, **times})
         yield from brought_to(decoder, dense, calibration.on(texts.all), Wanted(best), self._repairs)
 
-    def _choices(self, prices: PriceList, goal: Goal) -> list[Priced]:
+    def _states(
+        self, dense: Decoder, fitted: Calibration, held_out: Calibration, goal: Goal
+    ) -> dict[int, tuple[float, float]]:
+        """Numbers of features that hidden states may have: what that costs by itself, and how far it is to the next such model in size."""
+        shape = dense.shape()
+        found = {shape.rest.units(STATES): (0.0, 0.0)}
+        left = {size: shape.narrowed({STATES: size}) for size in self._allowed.states(shape)}
+        sizes = {size: whole(goal.measure, each.layers, each.rest) for size, each in left.items()}
+        step = max((after - before for before, after in pairwise([*sizes.values(), goal.before])), default=0.0)
+        enough = [size for size in sizes if sizes[size] >= goal.size - step / 2]
+        tried = sorted({enough[len(enough) * part // STATES_TRIED] for part in range(STATES_TRIED) if enough})
+        wanted = [Wanted(left[size].layers) for size in tried]
+        costs = measured(dense, fitted, {"": held_out.quiet()}, wanted, self._repairs.quicker(PRICING.step))
+        return found | {size: (lost[""], step) for size, lost in zip(tried, costs, strict=True)}
+
+    def _choices(self, prices: PriceList, goal: Goal, states: Mapping[int, tuple[float, float]]) -> list[Priced]:
         """Those of which the best is to be found, by their prices.
+
+        Args:
+            states: what numbers of features cost, as `_states` tells it.
 
         Raises:
             RecipeError: there is none.
         """
         if self.form == "stock":
-            found = goal.found(lambda size: prices.even(size, self.finalists))
+            found = goal.found(partial(self._even, prices, states))
         else:
             found = [choice for some in prices.kinds() for choice in goal.found(some.within)]
             found = sorted(dict(found).items(), key=cost_of)[: self.finalists]
@@ -186,6 +226,15 @@ class Budget(Limit, PrunePass):
                 f"{self.name} finds no model{alike} of the size asked for. Ask for another, or allow more."
             )
         return found
+
+    def _even(self, prices: PriceList, states: Mapping[int, tuple[float, float]], size: float) -> list[Priced]:
+        """The best choices of a size whose layers are all alike."""
+        found = [
+            (choice, cost + of_states)
+            for features, (of_states, step) in states.items()
+            for choice, cost in prices.with_states(features).even(size, self.finalists, step)
+        ]
+        return sorted(found, key=cost_of)[: self.finalists]
 
     def _best(
         self, dense: Decoder, calibration: Calibration, texts: TextKinds, goal: Goal, choices: Sequence[Priced]
@@ -205,7 +254,13 @@ class Budget(Limit, PrunePass):
         if len(choices) > 1:
             wanted = [Wanted(choice) for choice, _ in choices]
             held_out = {name: calibration.quiet().on(windows) for name, windows in texts.held_out().items()}
-            found = measured(dense, calibration.on(texts.fitted(FITTED)), held_out, wanted, self._repairs)
+            found = measured(
+                dense,
+                calibration.on(texts.fitted(FITTED_FINALISTS)),
+                held_out,
+                wanted,
+                self._repairs.quicker(PRICING.step),
+            )
             for each, lost in zip(considered, found, strict=True):
                 each["nats_per_token"] = lost
             means = [sum(lost.values()) / len(lost) for lost in found]
