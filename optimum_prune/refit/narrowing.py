@@ -36,6 +36,8 @@ class Narrowing:
     """Pairs of a kept and a removed unit that may change places afterwards."""
     one_shot: bool = False
     """Whether units are ranked once instead of being eliminated."""
+    score: str = "reap"
+    """Of a mixture, what tells which members matter (`selection/mixtures.py`)."""
 
     def decisions(
         self, visit: LayerVisit, name: str, sizes: Sequence[int], reference: LayerVisit | None = None

@@ -120,7 +120,7 @@ class _Pricing:
         """Each axis, and how it is narrowed to each size, from many to few."""
         for name, sizes in self._sizes.items():
             if name == WHOLE:
-                yield name, best_members(self.visit, sizes)
+                yield name, best_members(self.visit, sizes, self.narrowing.score)
             else:
                 yield name, self.narrowing.decisions(self.visit, name, sizes)
 
@@ -169,6 +169,19 @@ def _error(decision: Decision) -> float:
     """The relative error of a block's output once it is narrowed; of experts, that of all on average."""
     error = decision.evidence["relative_error"]
     return float(sum(error) / len(error)) if isinstance(error, list) else float(error)
+
+
+def prices_told(prices: Sequence[Prices], shape: Shape) -> dict[str, Any]:
+    """The prices, as evidence."""
+    found = {}
+    for index, each in enumerate(prices):
+        axes = {
+            shape.layers[index].axis_named(name).size: {size: curve.at(size) for size in reversed(curve.sizes)}
+            for name, curve in each.curves.items()
+        }
+        blocks = {f"without {block}": cost for block, (cost, _) in each.blocks.items()}
+        found[index] = {**axes, **blocks, **({} if each.whole is None else {"gone": each.whole})}
+    return {"nats_per_token_alone": found}
 
 
 def pricing_cost(fitted: Workload, few: Workload, shape: Shape, allowed: Allowed, narrowing: Narrowing) -> Cost:

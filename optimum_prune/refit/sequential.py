@@ -144,7 +144,7 @@ class _Layer:
                 yield from self._moved(ATTENTION, attended, narrowing.damping, strength)
         if FEED_FORWARD in after.blocks and changed:
             yield from self._reread(FEED_FORWARD, repairs)
-        yield from self._fewer_members(before, after)
+        yield from self._fewer_members(before, after, narrowing.score)
         self.reference.leave()
         gap = wanted.gap_behind(visit.index)
         if gap or gone:
@@ -153,11 +153,11 @@ class _Layer:
             goal = self.reference if strength else None
             yield from narrowing.of_block(visit, self.calibration, FEED_FORWARD, shapes, goal)
 
-    def _fewer_members(self, before: LayerShape, after: LayerShape) -> Iterator[Decision]:
+    def _fewer_members(self, before: LayerShape, after: LayerShape, score: str) -> Iterator[Decision]:
         """Of a mixture those that matter most; from then on the layer is one of so many."""
         if (keep := after.units(WHOLE)) in (0, before.units(WHOLE)):
             return
-        yield from self._once("members", lambda: best_members(self.visit, (keep,))[0])
+        yield from self._once("members", lambda: best_members(self.visit, (keep,), score)[0])
         self.visit.layer = self.decoder.layer(self.visit.index)
         self.visit.forget(FEED_FORWARD)
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 AXIS = "whole_experts"
 
 
-def best_members(visit: LayerVisit, counts: Sequence[int], score: str = "reap") -> list[Decision]:
+def best_members(visit: LayerVisit, counts: Sequence[int], score: str) -> list[Decision]:
     """How each of some numbers of experts of a layer is reached."""
     seen, parts = _seen(visit), visit.layer.axes[AXIS].parts
     scores = seen.scores(score)

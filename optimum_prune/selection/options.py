@@ -63,6 +63,14 @@ class Prices:
     whole: float | None = None
     """What it costs if the layer goes; None if it may not."""
 
+    @property
+    def smallest_step(self) -> int:
+        """The fewest parameters that can go."""
+        return min(
+            self.shape.per_unit(name) * min(after - before for before, after in pairwise(self.multiples[name]))
+            for name in self.curves
+        )
+
     def ways(self) -> Iterable[tuple[LayerShape | None, float]]:
         """Every way in which it may be left, with its cost."""
         ways: list[tuple[LayerShape, float]] = [(self.shape, 0.0)]
@@ -141,6 +149,27 @@ def _give_back(layers: Sequence[Sequence[Option]], taken: list[int], room: float
         if more <= room:
             taken[index] -= 1
             room -= more
+
+
+def filled(picked: Sequence[Option], layers: Sequence[Sequence[Option]], size: float) -> list[Option]:
+    """The same with what room is left made use of: of one layer after another whatever of all its options saves most of the cost.
+
+    Args:
+        layers: of each, all its options.
+    """
+    found, room = list(picked), size - math.fsum(option.size for option in picked)
+    while True:
+        better = [
+            (found[index].cost - option.cost, -option.size, index, option)
+            for index, options in enumerate(layers)
+            for option in options
+            if found[index].size < option.size <= found[index].size + room and option.cost < found[index].cost
+        ]
+        if not better:
+            return found
+        _, _, index, option = max(better, key=lambda each: each[:3])
+        room -= option.size - found[index].size
+        found[index] = option
 
 
 def frontier(layers: Sequence[Sequence[Option]], points: int = 20) -> list[tuple[float, float]]:

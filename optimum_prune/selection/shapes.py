@@ -9,7 +9,7 @@ from itertools import pairwise, product
 
 from optimum_prune.anatomy.shape import STATES, LayerShape, Shape
 from optimum_prune.selection.measures import Measure, whole
-from optimum_prune.selection.options import Option, Prices, chosen, frontier, hull
+from optimum_prune.selection.options import Option, Prices, chosen, filled, frontier, hull
 
 Choice = tuple[LayerShape | None, ...]
 """Of each layer, what is left of it."""
@@ -52,10 +52,20 @@ class PriceList:
 
     def within(self, size: float) -> list[Priced]:
         """The best choice of no more than a size, each layer its own; none if that is out of reach."""
-        picked = chosen(self._options(), size - self.measure.of_rest(self.rest))
+        picked = self._picked(size)
         choice = tuple(option.shape for option in picked)
         found = [(choice, math.fsum(option.cost for option in picked))]
         return found if self.size(choice) <= size * (1 + 1e-3) else []
+
+    def at_most(self, size: float) -> Choice:
+        """The same; the smallest choice if that is out of reach."""
+        return tuple(option.shape for option in self._picked(size))
+
+    def _picked(self, size: float) -> list[Option]:
+        room = size - self.measure.of_rest(self.rest)
+        picked = chosen(self._options(), room)
+        ways = [list(self._ways(index, prices)) for index, prices in enumerate(self.layers)]
+        return filled(picked, ways, room)
 
     def with_states(self, size: int) -> PriceList:
         """Of the same model once its hidden states have so many features; what that costs is not among these prices."""

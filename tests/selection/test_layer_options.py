@@ -6,7 +6,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from optimum_prune.selection.options import Curve, Option, chosen, frontier, hull
+from optimum_prune.selection.options import Curve, Option, chosen, filled, frontier, hull
 
 
 def options(rng: random.Random, count: int) -> list[Option]:
@@ -65,3 +65,19 @@ def test_a_frontier_goes_from_everything_to_the_least_and_grows_dearer():
 def test_costs_between_sizes_are_in_proportion_to_errors():
     curve = Curve((10, 20, 40), (0.5, 0.2, 0.0), 3.0)
     assert [curve.at(size) for size in (10, 15, 20, 30, 40)] == pytest.approx([1.5, 1.05, 0.6, 0.3, 0.0])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_room_that_is_left_is_made_use_of(seed):
+    rng = random.Random(seed)
+    layers = [options(rng, 6) for _ in range(4)]
+    size = rng.uniform(100, 350)
+    picked = chosen([hull(each) for each in layers], size)
+    if sum(each.size for each in picked) > size:
+        return
+    found = filled(picked, layers, size)
+    total = sum(each.size for each in found)
+    assert total <= size + 1e-9
+    assert sum(each.cost for each in found) <= sum(each.cost for each in picked)
+    for now, others in zip(found, layers, strict=True):
+        assert not any(now.size < each.size <= now.size + size - total and each.cost < now.cost for each in others)

@@ -28,14 +28,13 @@ from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
 from optimum_prune.refit.finalists import measured, measuring_cost
 from optimum_prune.refit.narrowing import Narrowing
-from optimum_prune.refit.pricing import priced, pricing_cost
+from optimum_prune.refit.pricing import priced, prices_told, pricing_cost
 from optimum_prune.refit.sequential import STATES_NARROWING, Repairs, Wanted, bringing_cost, brought_to
 from optimum_prune.refit.solving import OfMedian
 from optimum_prune.selection.allowed import BLOCKS, Allowed
 from optimum_prune.selection.goals import SPEEDS, Goal, Limit
 from optimum_prune.selection.kinds import TextKinds, held_out_work, read_tasks
 from optimum_prune.selection.measures import whole
-from optimum_prune.selection.options import Prices
 from optimum_prune.selection.shapes import Choice, Priced, PriceList, cost_of, parameters_of, sizes_told
 from optimum_prune.selection.targets import Target, check_named_once, check_protected
 from optimum_prune.surgery.cuts import NOTE, Decision
@@ -188,7 +187,7 @@ class Budget(Limit, PrunePass):
         best, evidence = self._best(dense, calibration, texts, goal, self._choices(prices, goal, states))
         front = [[size / goal.before, cost] for size, cost in prices.frontier()]
         times = {"times": goal.times} if goal.times else {}
-        yield Decision(evidence={**evidence, **_told(layers, dense.shape()), "frontier": front, **times})
+        yield Decision(evidence={**evidence, **prices_told(layers, dense.shape()), "frontier": front, **times})
         yield from brought_to(decoder, dense, calibration.on(texts.all), Wanted(best), self._repairs)
 
     def _states(
@@ -278,19 +277,6 @@ class Budget(Limit, PrunePass):
     def _own_windows(self, given: int, *, offloaded: bool) -> int:
         share = (0.0 if offloaded else OWN_TEXT) if self.own_text is None else self.own_text
         return round(share * given)
-
-
-def _told(layers: Sequence[Prices], shape: Shape) -> dict[str, Any]:
-    """The prices, as evidence."""
-    found = {}
-    for index, each in enumerate(layers):
-        axes = {
-            shape.layers[index].axis_named(name).size: {size: curve.at(size) for size in curve.sizes}
-            for name, curve in each.curves.items()
-        }
-        blocks = {f"without {block}": cost for block, (cost, _) in each.blocks.items()}
-        found[index] = {**axes, **blocks, **({} if each.whole is None else {"gone": each.whole})}
-    return {"nats_per_token_alone": found}
 
 
 @hookimpl

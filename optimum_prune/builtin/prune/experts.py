@@ -19,9 +19,9 @@ from optimum_prune.hooks.marker import hookimpl
 from optimum_prune.options import option
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
-from optimum_prune.selection.budget import allocate
-from optimum_prune.selection.divergence import trial_cost, trial_workloads
-from optimum_prune.selection.measuring import Trial, measure_layers, told
+from optimum_prune.refit.allocating import Allocating
+from optimum_prune.refit.narrowing import Narrowing
+from optimum_prune.selection.allowed import Allowed
 from optimum_prune.selection.mixtures import AXIS, best_members, seeing_cost
 from optimum_prune.selection.targets import check_named_once, check_protected
 from optimum_prune.surgery.cuts import NOTE, Decision
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder
     from optimum_prune.calibration.calibration import Calibration
     from optimum_prune.calibration.visit import LayerVisit
+
+
+DAMPING = 0.01
+"""For a search that may narrow more than the number of experts; here that is all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,31 +96,21 @@ class ExpertPruner(PrunePass):
         walk = walk_cost(work, shape).followed_by(*(cost.with_memory(work.stored_states()) for cost in seen))
         if self.allocation == "uniform":
             return walk
-        fitted, few = trial_workloads(work)
-        trials = [
-            trial_cost(
-                fitted,
-                few,
-                shape,
-                index,
-                [(seeing_cost(fitted, pair[0]), len(trial.sizes)) for trial in self._trials(index, *pair)],
-            )
-            for index, pair in enumerate(pairs)
-        ]
-        return Cost().followed_by(*trials).with_memory(work.stored_states() + few.states(6)).followed_by(walk)
+        return self._allocating.cost(work, shape).followed_by(walk)
+
+    @property
+    def _allocating(self) -> Allocating:
+        return Allocating(Allowed(self.name, (AXIS,), self.protect), Narrowing(DAMPING, score=self.score))
 
     # Deciding
 
     def decide(self, decoder: Decoder, calibration: Calibration) -> Iterator[Decision]:
         shape = decoder.shape()
         foreseen = self.foresee(shape)
-        targets = foreseen.layers
+        targets: Sequence[LayerShape] = foreseen.layers
         if self.allocation == "global":
-            pairs = zip(shape.layers, foreseen.layers, strict=True)
-            trials = {index: list(self._trials(index, *pair)) for index, pair in enumerate(pairs)}
-            measured = measure_layers(decoder, calibration, trials, self._decisions)
-            targets = tuple(allocate(shape.layers, measured, shape.parameters - foreseen.parameters))
-            yield Decision(evidence=told(shape, measured))
+            targets, evidence = self._allocating.found(decoder, calibration, shape.layers, foreseen.parameters)
+            yield Decision(evidence=evidence)
         unseen = 0
         for visit in calibration.walk(decoder, "Experts, layer by layer"):
             keep = targets[visit.index].units(AXIS)
@@ -132,21 +126,9 @@ class ExpertPruner(PrunePass):
                 }
             )
 
-    def _trials(self, index: int, layer: LayerShape, uniform: LayerShape) -> Iterator[Trial]:
-        """At which numbers of experts a layer is measured: one in three steps from all to the fewest."""
-        if index in self.protect or not layer.units(AXIS):
-            return
-        axis = layer.axis_named(AXIS)
-        worth = [count for count in axis.fewer if count >= uniform.units(AXIS) / 2]
-        sizes = {worth[0], worth[len(worth) // 2], uniform.units(AXIS)}
-        yield Trial(axis, tuple(sorted(sizes, reverse=True)), math.gcd(*axis.fewer, axis.units))
-
     def _decision(self, visit: LayerVisit, keep: int) -> Decision:
         (decision,) = best_members(visit, (keep,), self.score)
         return decision
-
-    def _decisions(self, visit: LayerVisit, _: str, counts: Sequence[int]) -> list[Decision]:
-        return best_members(visit, counts, self.score)
 
 
 def _axis(shape: Shape, index: int) -> AxisShape:

@@ -24,10 +24,9 @@ from optimum_prune.hooks.marker import hookimpl
 from optimum_prune.options import option
 from optimum_prune.passes.base import Pass
 from optimum_prune.passes.prune import PrunePass
+from optimum_prune.refit.allocating import Allocating
 from optimum_prune.refit.narrowing import Narrowing
-from optimum_prune.selection.budget import Measured, allocate
-from optimum_prune.selection.divergence import trial_cost, trial_workloads
-from optimum_prune.selection.measuring import Trial, measure_layers, told
+from optimum_prune.selection.allowed import Allowed
 from optimum_prune.selection.targets import Target, check_named_once, check_protected
 from optimum_prune.surgery.cuts import Decision
 
@@ -139,35 +138,26 @@ class Osscar(PrunePass):
         each = [self._narrowing.cost(work, before, after).with_memory(held) for before, after in pairs]
         if self.allocation == "uniform":
             return walk.followed_by(*each)
-        fitted, few = trial_workloads(work)
-        trials = [
-            trial_cost(fitted, few, shape, index, self._trial_costs(fitted, index, *pair))
-            for index, pair in enumerate(pairs)
-        ]
-        beside = work.stored_states() + few.states(6)
-        return Cost().followed_by(*trials).with_memory(beside).followed_by(walk, *each)
+        return self._allocating(shape).cost(work, shape).followed_by(walk, *each)
 
-    def _trial_costs(
-        self, work: Workload, index: int, before: LayerShape, after: LayerShape
-    ) -> list[tuple[Cost, int]]:
-        """What it takes to decide on each size at which an axis of a layer is measured, and how many sizes there are."""
-        return [
-            (self._narrowing.cost(work, before, before.narrowed({trial.axis.name: trial.sizes[-1]})), len(trial.sizes))
-            for trial in self._trials(index, before, after)
-        ]
+    def _allocating(self, shape: Shape) -> Allocating:
+        """What may become less for allocation `global`."""
+        blocks = (ATTENTION, FEED_FORWARD) if self.head_ratio is None else (FEED_FORWARD,)
+        names = [axis.name for layer in shape.layers for block in blocks for axis in layer.within(block)]
+        allowed = Allowed(self.name, tuple(dict.fromkeys(names)), self.protect, self.multiple_of)
+        return Allocating(allowed, self._narrowing)
 
     # Deciding
 
     def decide(self, decoder: Decoder, calibration: Calibration) -> Iterator[Decision]:
         shape = decoder.shape()
         uniform = self.foresee(shape)
-        targets = uniform.layers
+        targets: Sequence[LayerShape] = uniform.layers
         if self.allocation == "global":
-            layers = zip(shape.layers, uniform.layers, strict=True)
-            trials = {index: list(self._trials(index, *pair)) for index, pair in enumerate(layers)}
-            measured = measure_layers(decoder, calibration, trials, self._narrowing.decisions)
-            targets = self._allocated(shape, uniform, measured)
-            yield Decision(evidence=told(shape, measured))
+            start = self._with_fewer_whole_units(shape).layers
+            wanted = uniform.parameters if self.params is None else round(self.params * shape.parameters)
+            targets, evidence = self._allocating(shape).found(decoder, calibration, start, wanted)
+            yield Decision(evidence=evidence)
         visits = calibration.walk(decoder, "OSSCAR, layer by layer")
         dense = calibration.quiet().walk(decoder, "") if self._narrowing.correction else repeat(None)
         changed = False
@@ -181,27 +171,6 @@ class Osscar(PrunePass):
             goal = reference if changed else None
             yield from self._narrowing.of_block(visit, calibration, FEED_FORWARD, (before, target), goal)
             changed |= target != before
-
-    # Which layer is to keep how much
-
-    def _allocated(
-        self, shape: Shape, uniform: Shape, measured: Sequence[Sequence[Measured]]
-    ) -> tuple[LayerShape, ...]:
-        """The layers' shapes for allocation `global`."""
-        fewer = self._with_fewer_whole_units(shape)
-        wanted = uniform.parameters if self.params is None else round(self.params * shape.parameters)
-        return tuple(allocate(fewer.layers, measured, fewer.parameters - wanted))
-
-    def _trials(self, index: int, layer: LayerShape, uniform: LayerShape) -> Iterator[Trial]:
-        """Which axes of a layer may be narrowed, and at which sizes they are measured."""
-        if index in self.protect:
-            return
-        for axis in layer.within(ATTENTION) if self.head_ratio is None else ():
-            if axis.fewer:
-                yield Trial(axis, (axis.fewer[-1],), None)
-        inner = self._target(FEED_FORWARD)
-        for axis in layer.within(FEED_FORWARD):
-            yield Trial(axis, inner.trials(axis, uniform.units(axis.name)), inner.multiple(axis))
 
 
 @hookimpl

@@ -59,7 +59,7 @@ def test_the_price_of_fewer_experts_is_what_the_model_loses(name, decoder):
     index = next(place for place, count in enumerate(units(decoder, "whole_experts")) if count)
     curve = priced(decoder, calibration, calibration, allowed, Narrowing(0.05))[index].curves["whole_experts"]
     visit = next(each for each in calibration.walk(decoder, "") if each.index == index)
-    for size, decision in zip(curve.sizes[:-1], best_members(visit, curve.sizes[:-1]), strict=True):
+    for size, decision in zip(curve.sizes[:-1], best_members(visit, curve.sizes[:-1], "reap"), strict=True):
         small = Decoder(copy.deepcopy(decoder.model), decoder.family)
         carry_out(small, decision)
         sync_config(small)

@@ -54,7 +54,7 @@ def test_globally_as_many_parameters_go_as_evenly(name, decoder, target, plugins
     coarsest = max(max(layer.per_unit("channels") * 4, layer.per_unit("experts") * 8) for layer in shape.layers)
     assert abs(found.parameters - wanted) <= coarsest / 2
     assert found.parameters == count_parameters(decoder.model).total
-    measured = outcome.evidence[0]["nats_per_token_if_narrowed_alone"]
+    measured = outcome.evidence[0]["nats_per_token_alone"]
     assert list(measured) == list(range(tiny.LAYERS))
     for index, layer in enumerate(found.layers):
         parts = measured[index]
@@ -81,7 +81,7 @@ def test_by_parameters_heads_go_as_well_as_channels(name, decoder, plugins):
     found = decoder.shape()
     assert units(found, "heads")[1::2][:2] == [1, 1]
     assert any(units(found, axis) != units(shape, axis) for axis in ("channels", "experts"))
-    costs_of_heads = [each["heads"] for each in outcome.evidence[0]["nats_per_token_if_narrowed_alone"].values()]
+    costs_of_heads = [each["heads"] for each in outcome.evidence[0]["nats_per_token_alone"].values()]
     assert {tuple(each) for each in costs_of_heads} == {(2, 1)}
     assert max(costs_of_heads[1][1], costs_of_heads[3][1]) < min(
         each[1] for index, each in enumerate(costs_of_heads) if index not in (1, 3)
@@ -117,7 +117,7 @@ def test_protected_layers_stay_whole_whatever_the_allocation(name, decoder, targ
     found = decoder.shape()
     for index in step.protect:
         assert found.layers[index] == shape.layers[index]
-        assert outcome.evidence[0]["nats_per_token_if_narrowed_alone"][index] == {}
+        assert outcome.evidence[0]["nats_per_token_alone"][index] == {}
         layers = (each.modules[index].state_dict() for each in (dense, decoder))
         assert all(torch.equal(*pair) for pair in zip(*(each.values() for each in layers), strict=True))
     assert found.parameters < shape.parameters
