@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from optimum_prune.calibration.calibration import Once
-from optimum_prune.errors import OutputError, reason
+from optimum_prune.errors import OutputError, RecipeError, reason
 from optimum_prune.machine import given_files, processes
 from optimum_prune.machine.versions import installed_versions
 from optimum_prune.machine.whole_files import whole
@@ -52,7 +52,7 @@ class Library:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with whole(file) as partial:
-                partial.write_text(json.dumps(value), encoding="utf-8")
+                partial.write_text(json.dumps({"value": value, "digest": _digest(value)}), encoding="utf-8")
         except OSError as error:
             raise OutputError(
                 f"The library {self.folder.parent} cannot be written: {reason(error)} Name another folder, or none."
@@ -60,11 +60,32 @@ class Library:
 
 
 def _read(file: Path) -> list[Any]:
-    """What a file holds; nothing if it is not there, or not whole."""
+    """What a file holds; nothing if it is not there, or not as it was written."""
     try:
-        return [json.loads(file.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, RecursionError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return [found["value"]] if found["digest"] == _digest(found["value"]) else []
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return []
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def check_library(step: str, name: str) -> None:
+    """Refuses what cannot be a folder.
+
+    Args:
+        step: the pass that asks.
+
+    Raises:
+        RecipeError: something else is there.
+    """
+    path = given_files.path_of(name)
+    if not name or (given_files.is_there(path) and not given_files.is_folder(path)):
+        raise RecipeError(
+            f"{step} has library {name or 'without a name'}, which is no folder. Name one, or a new one."
+        )
 
 
 def kept_in(name: str | None, calibration: Calibration, model: nn.Module, *about: object) -> Calibration:

@@ -77,6 +77,11 @@ class Pass(ABC):
         return self.requires
 
     @property
+    def keeps_in(self) -> tuple[str, ...]:
+        """Folders in which it keeps something for other runs: none of them may lie in the output."""
+        return ()
+
+    @property
     def unpacks(self) -> bool:
         """Whether what a QUANTIZE pass leaves computes the same once torch has unpacked its weights (`Tensor.dequantize`)."""
         return False

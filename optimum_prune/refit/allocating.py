@@ -36,7 +36,7 @@ class Allocating:
 
         Args:
             start: the layers as they would be before anything of these axes goes.
-            parameters: of the whole model, which is missed by half of the smallest step at most where that much may go.
+            parameters: of the whole model, which has no more than that and half of the smallest step.
         """
         shape, narrowing = decoder.shape(), replace(self.narrowing, swaps=0)
         fitted, held_out = (calibration.on(windows) for windows in split(calibration.windows))

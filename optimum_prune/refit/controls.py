@@ -165,7 +165,9 @@ class Comparison:
         axes = [
             axis
             for axis in layer.axes.values()
-            if (layer.index, axis.name) in cuts.units and f"{layer.prefix}{axis.output}" in self.refits
+            if (layer.index, axis.name) in cuts.units
+            and axis.block not in gone
+            and f"{layer.prefix}{axis.output}" in self.refits
         ]
         if not axes:
             return {}

@@ -12,6 +12,7 @@ from optimum_prune.calibration.calibration import NoJournal
 from optimum_prune.calibration.stream import walk_cost
 from optimum_prune.evaluation.losses import losses_cost
 from optimum_prune.machine.mapped_weights import write_changes_of
+from optimum_prune.machine.memory import give_back
 from optimum_prune.refit.pricing import STRIDE
 from optimum_prune.refit.sequential import Repairs, Wanted, bringing_cost, brought_to
 from optimum_prune.selection.divergence import Divergence
@@ -45,7 +46,10 @@ def measured(
             carry_out(scratch, decision)
             write_changes_of(scratch.model, scratch.modules[0])
         sync_config(scratch)
-        return {name: each.of_model(scratch, held_out[name]) for name, each in divergences.items()}
+        found = {name: each.of_model(scratch, held_out[name]) for name, each in divergences.items()}
+        del scratch
+        give_back()
+        return found
 
     return [
         fitted.once(f"finalist {number}", partial(lost, wanted)) for number, wanted in enumerate(finalists, start=1)

@@ -14,7 +14,7 @@ from optimum_prune.conversion.interpreter import check_environment
 from optimum_prune.errors import OutputError, RecipeError, reason, shown
 from optimum_prune.hooks.plugins import Plugins
 from optimum_prune.hooks.plugins import load as load_plugins
-from optimum_prune.machine import interrupts, processes
+from optimum_prune.machine import given_files, interrupts, processes
 from optimum_prune.machine.given_files import named
 from optimum_prune.machine.memory import Meter, give_back, passing_over_what_is_there
 from optimum_prune.machine.progress import Progress
@@ -118,6 +118,11 @@ def _check(recipe: Recipe, output: Path, overwrite: bool) -> None:
     check_unfinished(unfinished_folder(output))
     for step in recipe.passes:
         check_environment(step)
+        for name in step.keeps_in:
+            if output.resolve() in (given_files.path_of(name).resolve(), *given_files.path_of(name).resolve().parents):
+                raise RecipeError(
+                    f"{step.name} is to keep something in {name}, which lies in the output {output}, where nothing may be yet. Name another folder."
+                )
     check_launch(recipe)
 
 

@@ -103,6 +103,7 @@ def _cut(
 
 def _controls(control: Control, calibration: Calibration) -> Mapping[str, Any]:
     """What the choice of a pass comes to beside others, measured once."""
+    give_back()
     found = calibration.once("controls", partial(control.evidence, calibration))
     give_back()
     return found

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from optimum_prune.anatomy.shape import FEED_FORWARD, STATES, AxisShape, LayerShape, Shape
+from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD, STATES, AxisShape, LayerShape, Shape
 from optimum_prune.errors import RecipeError
 from optimum_prune.selection.measures import Measure
 from optimum_prune.selection.options import Curve, Prices
@@ -33,6 +33,10 @@ class Allowed:
     multiple_of: int | None = None
     even: bool = False
     """Whether all layers that stay are to be alike."""
+    fewest: float = FEWEST
+    """Of the units of an axis so many stay at least, as a fraction."""
+    one_less: bool = False
+    """Whether of attention no more than one unit goes, or as few as can."""
 
     def allows(self, name: str) -> bool:
         """Whether something of this name may become less."""
@@ -60,9 +64,10 @@ class Allowed:
 
     def _possible(self, axis: AxisShape) -> list[int]:
         if not axis.many:
-            return [*(size for size in axis.fewer if size >= math.floor(FEWEST * axis.units)), axis.units]
+            fewer = [size for size in axis.fewer if size >= math.floor(self.fewest * axis.units)]
+            return [*(fewer[-1:] if self.one_less and axis.block == ATTENTION else fewer), axis.units]
         multiple = Target(self.step, axis.block, (), self.multiple_of).multiple(axis)
-        least = max(math.ceil(FEWEST * axis.units / multiple), 1) * multiple
+        least = max(math.ceil(self.fewest * axis.units / multiple), 1) * multiple
         return [*(size for size in range(least, axis.units, multiple) if size in axis.fewer), axis.units]
 
     def seen(self, index: int, layer: LayerShape) -> dict[str, list[int]]:
@@ -126,4 +131,5 @@ class Allowed:
 
 def _some(sizes: Sequence[int]) -> list[int]:
     fewer = sizes[:-1]
-    return sorted({min(fewer, key=lambda size: abs(size - share * sizes[-1])) for share in SEEN}, reverse=True)
+    near = {min(fewer, key=lambda size: abs(size - share * sizes[-1])) for share in SEEN}
+    return sorted({*near, fewer[0]}, reverse=True)

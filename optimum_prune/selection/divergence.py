@@ -29,6 +29,8 @@ HELD_OUT = 4
 """Windows on which costs are measured, at most: nothing is fitted to them."""
 LENGTH = 512
 """Tokens of such a window that are used, at most."""
+SHORT = 4
+"""Of a window, predictions are compared at so many tokens at least."""
 STRIDE = 2
 """Predictions are compared at every second token: neighbours tell nearly the same, and the head is dear."""
 
@@ -57,8 +59,8 @@ class Divergence:
     def __init__(self, decoder: Decoder, calibration: Calibration, stride: int = STRIDE) -> None:
         self._decoder = decoder
         self._layers = range(len(decoder))
-        self._stride = stride
-        self._tokens = int(calibration.mask[:, ::stride].sum())
+        self._stride = min(stride, max(calibration.windows.length // SHORT, 1))
+        self._tokens = int(calibration.mask[:, :: self._stride].sum())
         self._ends = [run_layers(decoder, batch, hidden, self._layers) for batch, hidden in calibration.embed(decoder)]
 
     @torch.no_grad()

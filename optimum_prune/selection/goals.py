@@ -39,6 +39,8 @@ ROUNDS = 5
 """How often a speed is measured, and asked for anew so much faster or slower as it was missed."""
 NEAR = 0.015
 """By this fraction a measured time may miss what is asked for: a machine does not tell more exactly."""
+LEAST_SIZE = 1000
+"""Bytes: a smaller number is no size of a model, and most likely meant as a fraction."""
 LARGEST_TABLE = 10**7
 """Bytes of a table of times."""
 
@@ -220,8 +222,12 @@ class Limit:
         Raises:
             RecipeError: it is neither.
         """
-        if NUMBER.fullmatch(text) and 0 < float(text) < 1:
-            return float(text)
+        if NUMBER.fullmatch(text) and float(text) < LEAST_SIZE:
+            if 0 < float(text) < 1:
+                return float(text)
+            raise RecipeError(
+                f"A size of {text} is asked for. Give a fraction above 0 and below 1, such as 0.8, or a size such as 200MB."
+            )
         return float(size_of(text, "size"))
 
     def goal(self, step: str, decoder: Decoder, calibration: Calibration, allowed: Allowed) -> Goal:

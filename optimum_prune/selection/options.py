@@ -163,7 +163,7 @@ def filled(picked: Sequence[Option], layers: Sequence[Sequence[Option]], size: f
             (found[index].cost - option.cost, -option.size, index, option)
             for index, options in enumerate(layers)
             for option in options
-            if found[index].size < option.size <= found[index].size + room and option.cost < found[index].cost
+            if found[index].size < option.size <= found[index].size + room and option.cost <= found[index].cost
         ]
         if not better:
             return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -77,17 +77,48 @@ def chosen_otherwise(decoder: Decoder, cuts: Cuts, scorer: Scorer) -> Cuts:
 
     Of layers next to one another that go, as many next to one another go again; of blocks, as many of each kind.
     """
+    if cuts.blocks:
+        layers, blocks = _blocks_otherwise(decoder, cuts, scorer)
+    else:
+        layers = None if cuts.layers is None else _layers_otherwise(decoder, cuts.layers, scorer)
+        blocks = dict[int, tuple[str, ...]]()
     units = {}
-    for (index, name), kept in cuts.units.items():
+    for (index, name), kept in _where_they_are(decoder, cuts, Cuts(layers, blocks)):
         axis = decoder.hidden() if index is None else decoder.layer(index).axes[name]
         root: nn.Module = decoder.model if index is None else decoder.modules[index]
         assert axis is not None
         with held(root):
             units[index, name] = _highest(scorer.units(root, axis), axis, kept)
-    if cuts.blocks:
-        layers, blocks = _blocks_otherwise(decoder, cuts, scorer)
-        return Cuts(layers, blocks, units)
-    return Cuts(None if cuts.layers is None else _layers_otherwise(decoder, cuts.layers, scorer), {}, units)
+    return Cuts(layers, blocks, units)
+
+
+def _where_they_are(decoder: Decoder, cuts: Cuts, otherwise: Cuts) -> Iterator[tuple[tuple[int | None, str], Units]]:
+    """The units of cuts, those of a part that goes otherwise moved to one that has stayed for it.
+
+    Args:
+        otherwise: the layers and blocks that stay instead.
+    """
+    moved = set[tuple[int | None, str]]()
+    for place, kept in cuts.units.items():
+        index, name = place
+        if index is None or _has(otherwise, index, (axis := decoder.layer(index).axes[name]).block):
+            yield place, kept
+            continue
+        for other in decoder.layers:
+            spared = _has(otherwise, other.index, axis.block) and not _has(cuts, other.index, axis.block)
+            alike = name in other.axes and (other.axes[name].units, other.axes[name].groups) == (
+                axis.units,
+                axis.groups,
+            )
+            if spared and alike and (other.index, name) not in moved:
+                moved.add((other.index, name))
+                yield (other.index, name), kept
+                break
+
+
+def _has(cuts: Cuts, index: int, block: str) -> bool:
+    """Whether a layer keeps a block."""
+    return (cuts.layers is None or index in cuts.layers) and block in cuts.blocks.get(index, BLOCKS)
 
 
 def _highest(scores: Float[Tensor, "groups units"], axis: Axis, kept: Units) -> Units:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 
@@ -73,44 +73,46 @@ class PriceList:
         layers = [replace(each, shape=each.shape.narrowed(states)) for each in self.layers]
         return replace(self, layers=layers, rest=self.rest.narrowed(states))
 
-    def even(self, size: float, most: int, miss: float = 0.0) -> list[Priced]:
-        """The best choices in which all layers that stay are alike, nearest to a size.
+    def even(self, size: float, most: int) -> list[Priced]:
+        """The best choices of no more than a size in which all layers that stay are alike.
 
-        For each number of layers that go, and each number of units of the axes but one, that one is narrowed to what is nearest.
+        For each number of layers that go, and each number of units of the axes but one, that one has as many units as fit. Of these, whatever
+        leaves more room than another by a step of that axis is none.
 
         Args:
             most: of the choices.
-            miss: how much of the size they may miss, where nothing of layers can be narrowed to come nearer.
         """
         first = self.layers[0]
         widest = max(first.curves, key=lambda name: len(first.multiples[name]), default=None)
-        if widest is None:
-            sizes: Mapping[str, Sequence[int]] = {}
-        else:
-            sizes = {name: first.multiples[name] for name in first.curves if name != widest}
+        sizes = {name: first.multiples[name] for name in first.curves if name != widest}
         found: dict[Choice, float] = {}
         for gone in range(len(self.layers) // 2 + 1):
             for units in product(*sizes.values()):
-                choice = self._even(gone, dict(zip(sizes, units, strict=True)), widest, size, miss)
-                if choice is not None:
+                fits = first.shape.narrowed(dict(zip(sizes, units, strict=True)))
+                choice = self._even(gone, fits, widest, size)
+                if choice is not None and math.isfinite(choice[1]):
                     found[choice[0]] = choice[1]
-        return sorted(((choice, cost) for choice, cost in found.items() if math.isfinite(cost)), key=cost_of)[:most]
+        largest = max(map(self.size, found), default=0.0)
+        near = [(choice, cost) for choice, cost in found.items() if self.size(choice) >= largest - self._step(widest)]
+        return sorted(near, key=cost_of)[:most]
 
-    def _even(
-        self, gone: int, units: Mapping[str, int], widest: str | None, size: float, miss: float
-    ) -> Priced | None:
-        """The best choice with so many layers gone and these units, the widest axis narrowed to what is left of a size; None without any."""
-        first = self.layers[0]
-        fits = [first.shape.narrowed(units)]
+    def _step(self, widest: str | None) -> float:
+        """By how much models differ at most of which the layers differ by one step of an axis."""
+        if widest is None:
+            return 0.0
+        shape, sizes = self.layers[0].shape, self.layers[0].multiples[widest]
+        each = [self._on_average(shape.narrowed({widest: size})) for size in sizes]
+        return len(self.layers) * max(after - before for before, after in pairwise(each))
+
+    def _even(self, gone: int, shape: LayerShape, widest: str | None, size: float) -> Priced | None:
+        """The best choice with so many layers gone and the others left so, the widest axis narrowed until it fits; None if it never does."""
+        shapes = [shape]
         if widest is not None:
-            fits = [fits[0].narrowed({widest: each}) for each in first.multiples[widest]]
-        stay, room = len(self.layers) - gone, size - self.measure.of_rest(self.rest)
-        sizes = [stay * self._on_average(shape) for shape in fits]
-        nearest = min(range(len(fits)), key=lambda place: abs(sizes[place] - room))
-        step = max((abs(a - b) for a, b in pairwise(sizes)), default=max(stay, miss))
-        if abs(sizes[nearest] - room) > step / 2:
-            return None
-        return self._with_gone(gone, fits[nearest])
+            shapes = [shape.narrowed({widest: each}) for each in reversed(self.layers[0].multiples[widest])]
+        stay, room = len(self.layers) - gone, (size - self.measure.of_rest(self.rest)) * (1 + 1e-9)
+        fits = (each for each in shapes if stay * self._on_average(each) <= room)
+        largest = next(fits, None)
+        return None if largest is None else self._with_gone(gone, largest)
 
     def _on_average(self, shape: LayerShape) -> float:
         """The size of a layer that is left so."""

@@ -25,14 +25,15 @@ SOURCE = "the tasks"
 
 
 def check_task_files(names: Sequence[str]) -> None:
-    """Refuses files that cannot be read.
+    """Refuses files that cannot be read, or do not begin with a question.
 
     Raises:
-        TextError: one cannot.
+        TextError: one does not.
     """
     for name in names:
         if flaw := given_files.flaw(given_files.path_of(name)):
             raise TextError(f"The file of tasks {name or 'without a name'} {flaw}. Name a .jsonl file.")
+        next(_answered(name))
 
 
 def task_windows(
@@ -95,6 +96,6 @@ def _with_answer(question: Any) -> str:
     query, choices, gold = question["query"], question["choices"], question["gold"]
     if not (isinstance(query, str) and isinstance(choices, list) and isinstance(gold, int) and gold >= 0):
         raise TypeError("something else stands there")
-    if not isinstance(choices[gold], str):
+    if not (isinstance(choices[gold], str) and choices[gold].strip()):
         raise TypeError("an answer is no text")
     return f"{query} {choices[gold]}"

@@ -245,3 +245,24 @@ def test_a_model_given_in_python_has_them(text_file, tmp_path):
 def test_choices_beside_one_that_was_trained_are_said_not_to_be():
     found = {"chosen": 10.0, "random": 11.0, "magnitude": 12.0}
     assert told(found, 3, trained=True).startswith("the same cut, without any training, on 3 windows: ")
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("seed", range(6))
+def test_units_of_a_part_that_goes_otherwise_go_where_one_stays_for_it(name, seed, decoder):
+    """Attention is missing in a layer, and narrower in others; by chance it may be missing in these."""
+    narrower = {index: (0,) for index in range(len(decoder)) if index != 1}
+    cuts = Cuts.along("heads", narrower).merge(Cuts(blocks={1: ("feed_forward",)}))
+    decided = [f"{layer.prefix}{layer.output_of('attention')}" for layer in decoder.layers]
+    otherwise = chosen_otherwise(decoder, cuts, at_random(seed))
+    sizes = []
+    for cut in (cuts, otherwise):
+        smaller = Decoder(copy.deepcopy(decoder.model), decoder.family)
+        conformance.cut(smaller, cut)
+        sizes.append(smaller.shape().parameters)
+    assert sizes[0] == sizes[1]
+    windows = tiny.windows(9)
+    dense = Decoder(copy.deepcopy(decoder.model), decoder.family)
+    conformance.cut(decoder, cuts)
+    found = Control(dense, decoder, cuts, decided).evidence(Calibration(windows), seed)["perplexity"]
+    assert all(value > 0 for value in found.values())

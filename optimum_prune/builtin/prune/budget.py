@@ -13,12 +13,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from optimum_prune.anatomy.shape import FEED_FORWARD, STATES, LayerShape, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
-from optimum_prune.calibration.library import kept_in
+from optimum_prune.calibration.library import check_library, kept_in
 from optimum_prune.calibration.own_text import own_text_cost
 from optimum_prune.errors import RecipeError
 from optimum_prune.hooks.marker import hookimpl
@@ -118,6 +117,8 @@ class Budget(Limit, PrunePass):
         self.check_limit(self.name)
         check_named_once(self.name, self.protect)
         check_task_files(self.tasks)
+        if self.library is not None:
+            check_library(self.name, self.library)
         if self.form == "stock" and self.protect:
             raise RecipeError(
                 "budget has form 'stock', in which all layers are alike, and layers to protect. Leave one of the two out."
@@ -135,6 +136,11 @@ class Budget(Limit, PrunePass):
     def _repairs(self) -> Repairs:
         narrowing = Narrowing(OfMedian(self.damping), self.correction, self.step)
         return Repairs(narrowing, self.reading, rebuild=self.rebuild)
+
+    @property
+    def keeps_in(self) -> tuple[str, ...]:
+        """The library."""
+        return () if self.library is None else (self.library,)
 
     # What there will be
 
@@ -190,26 +196,24 @@ class Budget(Limit, PrunePass):
         yield Decision(evidence={**evidence, **prices_told(layers, dense.shape()), "frontier": front, **times})
         yield from brought_to(decoder, dense, calibration.on(texts.all), Wanted(best), self._repairs)
 
-    def _states(
-        self, dense: Decoder, fitted: Calibration, held_out: Calibration, goal: Goal
-    ) -> dict[int, tuple[float, float]]:
-        """Numbers of features that hidden states may have: what that costs by itself, and how far it is to the next such model in size."""
+    def _states(self, dense: Decoder, fitted: Calibration, held_out: Calibration, goal: Goal) -> dict[int, float]:
+        """Numbers of features that hidden states may have, and what that costs by itself."""
         shape = dense.shape()
-        found = {shape.rest.units(STATES): (0.0, 0.0)}
         left = {size: shape.narrowed({STATES: size}) for size in self._allowed.states(shape)}
         sizes = {size: whole(goal.measure, each.layers, each.rest) for size, each in left.items()}
-        step = max((after - before for before, after in pairwise([*sizes.values(), goal.before])), default=0.0)
-        enough = [size for size in sizes if sizes[size] >= goal.size - step / 2]
-        tried = sorted({enough[len(enough) * part // STATES_TRIED] for part in range(STATES_TRIED) if enough})
+        alone = [size for size in sizes if sizes[size] <= goal.size][-1:]  # nothing else has to go then
+        more = [size for size in sizes if sizes[size] > goal.size]
+        tried = sorted({*alone, *(more[len(more) * part // STATES_TRIED] for part in range(1, STATES_TRIED) if more)})
         wanted = [Wanted(left[size].layers) for size in tried]
         costs = measured(dense, fitted, {"": held_out.quiet()}, wanted, self._repairs.quicker(PRICING.step))
-        return found | {size: (lost[""], step) for size, lost in zip(tried, costs, strict=True)}
+        found = {size: lost[""] for size, lost in zip(tried, costs, strict=True)}
+        return {shape.rest.units(STATES): 0.0, **found}
 
-    def _choices(self, prices: PriceList, goal: Goal, states: Mapping[int, tuple[float, float]]) -> list[Priced]:
+    def _choices(self, prices: PriceList, goal: Goal, states: Mapping[int, float]) -> list[Priced]:
         """Those of which the best is to be found, by their prices.
 
         Args:
-            states: what numbers of features cost, as `_states` tells it.
+            states: what numbers of features of hidden states cost by themselves.
 
         Raises:
             RecipeError: there is none.
@@ -226,12 +230,12 @@ class Budget(Limit, PrunePass):
             )
         return found
 
-    def _even(self, prices: PriceList, states: Mapping[int, tuple[float, float]], size: float) -> list[Priced]:
+    def _even(self, prices: PriceList, states: Mapping[int, float], size: float) -> list[Priced]:
         """The best choices of a size whose layers are all alike."""
         found = [
             (choice, cost + of_states)
-            for features, (of_states, step) in states.items()
-            for choice, cost in prices.with_states(features).even(size, self.finalists, step)
+            for features, of_states in states.items()
+            for choice, cost in prices.with_states(features).even(size, self.finalists)
         ]
         return sorted(found, key=cost_of)[: self.finalists]
 

@@ -100,7 +100,7 @@ class ExpertPruner(PrunePass):
 
     @property
     def _allocating(self) -> Allocating:
-        return Allocating(Allowed(self.name, (AXIS,), self.protect), Narrowing(DAMPING, score=self.score))
+        return Allocating(Allowed(self.name, (AXIS,), self.protect, fewest=0.0), Narrowing(DAMPING, score=self.score))
 
     # Deciding
 

@@ -144,7 +144,9 @@ class Osscar(PrunePass):
         """What may become less for allocation `global`."""
         blocks = (ATTENTION, FEED_FORWARD) if self.head_ratio is None else (FEED_FORWARD,)
         names = [axis.name for layer in shape.layers for block in blocks for axis in layer.within(block)]
-        allowed = Allowed(self.name, tuple(dict.fromkeys(names)), self.protect, self.multiple_of)
+        allowed = Allowed(
+            self.name, tuple(dict.fromkeys(names)), self.protect, self.multiple_of, fewest=0.0, one_less=True
+        )
         return Allocating(allowed, self._narrowing)
 
     # Deciding
