@@ -82,8 +82,7 @@ class PriceList:
         Args:
             most: of the choices.
         """
-        first = self.layers[0]
-        widest = max(first.curves, key=lambda name: len(first.multiples[name]), default=None)
+        first, widest = self.layers[0], self._widest
         sizes = {name: first.multiples[name] for name in first.curves if name != widest}
         found: dict[Choice, float] = {}
         for gone in range(len(self.layers) // 2 + 1):
@@ -93,12 +92,19 @@ class PriceList:
                 if choice is not None and math.isfinite(choice[1]):
                     found[choice[0]] = choice[1]
         largest = max(map(self.size, found), default=0.0)
-        near = [(choice, cost) for choice, cost in found.items() if self.size(choice) >= largest - self._step(widest)]
+        near = [(choice, cost) for choice, cost in found.items() if self.size(choice) >= largest - self.even_step]
         return sorted(near, key=cost_of)[:most]
 
-    def _step(self, widest: str | None) -> float:
-        """By how much models differ at most of which the layers differ by one step of an axis."""
-        if widest is None:
+    @property
+    def _widest(self) -> str | None:
+        """The axis of layers that are alike that has most sizes."""
+        first = self.layers[0]
+        return max(first.curves, key=lambda name: len(first.multiples[name]), default=None)
+
+    @property
+    def even_step(self) -> float:
+        """By how much models differ at most whose layers, all alike, differ by one step of the axis that has most; 0 without any."""
+        if (widest := self._widest) is None:
             return 0.0
         shape, sizes = self.layers[0].shape, self.layers[0].multiples[widest]
         each = [self._on_average(shape.narrowed({widest: size})) for size in sizes]

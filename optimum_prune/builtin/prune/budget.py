@@ -97,9 +97,9 @@ class Budget(Limit, PrunePass):
         at_most=1,
     )
     rebuild: bool = option("Choose the channels of an FFN in front of layers that go from theirs as well.", True)
-    finalists: int = option(
-        "How many models are made and measured before the best is made; 1 is the best by prices.",
-        2,
+    finalists: int | None = option(
+        "How many models are made and measured before the best is made; 1 is the best by prices. If not given: 2, or 3 of the stock form.",
+        None,
         at_least=1,
         at_most=MORE,
     )
@@ -131,6 +131,11 @@ class Budget(Limit, PrunePass):
     @property
     def _allowed(self) -> Allowed:
         return Allowed(self.name, self.allow, self.protect, self.multiple_of, even=self.form == "stock")
+
+    @property
+    def _finalists(self) -> int:
+        """Models that are made first; by prices alone, those with fewer and wider layers are hardly told apart."""
+        return self.finalists or (3 if self.form == "stock" else 2)
 
     @property
     def _repairs(self) -> Repairs:
@@ -166,8 +171,8 @@ class Budget(Limit, PrunePass):
         costs.append(pricing_cost(fitted, few, shape, self._allowed, PRICING))
         if self._allowed.states(shape):
             costs.append(STATES_NARROWING.cost(fitted, shape).times(STATES_TRIED))
-        if self.finalists > 1:
-            costs.append(measuring_cost(fitted_less, few, shape, wanted, quick).times(self.finalists))
+        if self._finalists > 1:
+            costs.append(measuring_cost(fitted_less, few, shape, wanted, quick).times(self._finalists))
         return Cost().followed_by(*costs, bringing_cost(both, shape, wanted, self._repairs))
 
     def _evenly(self, shape: Shape) -> list[LayerShape | None]:
@@ -222,7 +227,7 @@ class Budget(Limit, PrunePass):
             found = goal.found(partial(self._even, prices, states))
         else:
             found = [choice for some in prices.kinds() for choice in goal.found(some.within)]
-            found = sorted(dict(found).items(), key=cost_of)[: self.finalists]
+            found = sorted(dict(found).items(), key=cost_of)[: self._finalists]
         if not found:
             alike = " whose layers are all alike" if self.form == "stock" else ""
             raise RecipeError(
@@ -231,13 +236,14 @@ class Budget(Limit, PrunePass):
         return found
 
     def _even(self, prices: PriceList, states: Mapping[int, float], size: float) -> list[Priced]:
-        """The best choices of a size whose layers are all alike."""
+        """The best choices of a size whose layers are all alike: the nearest to a fraction of the parameters, and else no more than it."""
+        most = size + (prices.even_step / 2 if self.params is not None else 0.0)
         found = [
             (choice, cost + of_states)
             for features, of_states in states.items()
-            for choice, cost in prices.with_states(features).even(size, self.finalists)
+            for choice, cost in prices.with_states(features).even(most, self._finalists)
         ]
-        return sorted(found, key=cost_of)[: self.finalists]
+        return sorted(found, key=cost_of)[: self._finalists]
 
     def _best(
         self, dense: Decoder, calibration: Calibration, texts: TextKinds, goal: Goal, choices: Sequence[Priced]
@@ -275,7 +281,7 @@ class Budget(Limit, PrunePass):
 
     def keeps(self, shape: Shape, work: Workload) -> float:
         """Where weights stay on disk, so do those of each finalist."""
-        made = self.finalists if self.finalists > 1 and work.offloaded else 0
+        made = self._finalists if self._finalists > 1 and work.offloaded else 0
         return made * sum(layer.parameters for layer in shape.layers) * work.itemsize
 
     def _own_windows(self, given: int, *, offloaded: bool) -> int:

@@ -165,10 +165,13 @@ def test_text_of_its_own_is_the_same_in_bfloat16_however_it_attends(name, decode
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 @pytest.mark.parametrize("share", [0.9, 0.8, 0.7, 0.6])
-def test_a_stock_form_has_no_more_than_it_may(name, share, decoder, plugins):
-    small, outcome = pruned(Budget(params=share, form="stock", finalists=1, multiple_of=4), decoder, plugins)
+@pytest.mark.parametrize("limit", ["params", "bytes"])
+def test_a_stock_form_is_near_the_fraction_and_has_no_more_bytes_than_it_may(limit, share, name, decoder, plugins):
+    options = {limit: share if limit == "params" else str(share)}
+    small, outcome = pruned(Budget(**options, form="stock", finalists=1, multiple_of=4), decoder, plugins)
     left = small.shape().parameters / decoder.shape().parameters
-    assert share - 0.06 < left <= share
+    step = 4 * decoder.shape().layers[0].per_unit("channels") * len(decoder) / decoder.shape().parameters
+    assert share - step < left <= share + (step / 2 if limit == "params" else 0)
     assert outcome.evidence[0]["considered"][0]["parameters"] == pytest.approx(left)
 
 
@@ -210,3 +213,16 @@ def test_what_is_not_as_it_was_written_in_a_library_is_found_out_anew(garbage, n
         file.write_text(garbage)
     _, second = pruned(step, decoder, plugins)
     assert first.evidence == second.evidence
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"form": "stock", "allow": ("hidden", "channels")}),
+        ("mixtral", {"form": "stock", "allow": ("whole_experts", "experts")}),
+        ("qwen3_moe", {"allow": ("whole_experts", "heads", "layers")}),
+    ],
+    ids=str,
+)
+def test_it_keeps_the_rules_of_passes_whatever_becomes_less(name, options, decoder, tmp_path):
+    conformance.check_pass(Budget(params=0.85, multiple_of=4, **options), decoder.model, tmp_path)
