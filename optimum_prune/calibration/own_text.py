@@ -12,14 +12,11 @@ import math
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.cache import cache_bytes
@@ -93,18 +90,24 @@ def _passages(given: Windows, count: int, generator: torch.Generator, size: int)
     return torch.cat([tokens[:1, :1].expand(count, 1), passages], dim=1) if first else passages
 
 
-def _sdpa_in_float32(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
-) -> tuple[Tensor, None]:
-    """Attention computed in float32, whatever the dtype of the model."""
-    if attention_mask is not None and attention_mask.is_floating_point():
-        attention_mask = attention_mask.float()
-    output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **others)
-    return output.to(query.dtype), None
+@cache
+def _in_float32() -> str:
+    """The name by which transformers knows attention that is computed in float32, whatever the dtype of the model."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
 
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
+    ) -> tuple[Tensor, None]:
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.float()
+        output, _ = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **others)
+        return output.to(query.dtype), None
 
-AttentionInterface.register(IN_FLOAT32, _sdpa_in_float32)
-AttentionMaskInterface.register(IN_FLOAT32, sdpa_mask)
+    AttentionInterface.register(IN_FLOAT32, attend)
+    AttentionMaskInterface.register(IN_FLOAT32, sdpa_mask)
+    return IN_FLOAT32
 
 
 @contextmanager
@@ -113,7 +116,7 @@ def _attending_from_few(decoder: Decoder, device: torch.device) -> Iterator[None
     model, before = decoder.model, decoder.config._attn_implementation
     slow = device.type == "cpu" and model.dtype == torch.bfloat16 and before == "sdpa"
     if slow:
-        model.set_attn_implementation(IN_FLOAT32)
+        model.set_attn_implementation(_in_float32())
     try:
         yield
     finally:
