@@ -135,9 +135,8 @@ def _written(
 ) -> Int[Tensor, "pieces length"]:
     """Pieces of text, a token of all of them at a time."""
     past, unread = None, tokens[:, -1:]
-    if (
-        tokens.shape[1] > 1
-    ):  # without the head: from a part of these, PyTorch's CPU kernels multiply with a copy of it for each piece
+    if tokens.shape[1] > 1:
+        # Without the head: from a part of hidden states, PyTorch's CPU kernels multiply with a copy of it for each piece.
         past = decoder.model.base_model(input_ids=tokens[:, :-1], use_cache=True).past_key_values
     while tokens.shape[1] < length:
         output = decoder.model(input_ids=unread, past_key_values=past, use_cache=True, logits_to_keep=1)

@@ -17,7 +17,7 @@ from optimum_prune.refit.pricing import STRIDE
 from optimum_prune.refit.sequential import Repairs, Wanted, bringing_cost, brought_to
 from optimum_prune.selection.divergence import Divergence
 from optimum_prune.surgery.config import sync_config
-from optimum_prune.surgery.operation import carry_out, sharing_copy
+from optimum_prune.surgery.operation import carry_out, copy_of
 
 if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder
@@ -37,10 +37,12 @@ def measured(
     Args:
         dense: the model, which stays as it is.
     """
+    if not finalists:
+        return []
     divergences = {name: Divergence(dense, text, STRIDE) for name, text in held_out.items()}
 
     def lost(wanted: Wanted) -> dict[str, float]:
-        scratch = replace(dense, model=sharing_copy(dense.model).requires_grad_(False))
+        scratch = copy_of(dense)
         own = replace(fitted, journal=NoJournal())
         for decision in brought_to(scratch, dense, own, wanted, repairs):
             carry_out(scratch, decision)

@@ -7,7 +7,7 @@ weights of what is kept stand in the places that it has in the model; those of w
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from optimum_prune.anatomy.shape import BLOCKS
 from optimum_prune.refit.healing import heal
 from optimum_prune.refit.narrowing import Narrowing
-from optimum_prune.surgery.operation import carry_out, sharing_copy
+from optimum_prune.surgery.operation import carry_out, copy_of
 
 if TYPE_CHECKING:
     from optimum_prune.anatomy.axis import Axis, Units
@@ -47,7 +47,7 @@ def first_cut(
         layers: those that stay.
         sizes: layer and axis -> how many units stay; axes that follow others are cut with these.
     """
-    scratch, found = replace(decoder, model=sharing_copy(decoder.model).requires_grad_(False)), FirstCut()
+    scratch, found = copy_of(decoder), FirstCut()
     if len(layers) < len(decoder):
         kept = {layer.index: layer.blocks if layer.index in layers else () for layer in decoder.layers}
         for decision in heal(scratch, calibration, kept, HEALING):

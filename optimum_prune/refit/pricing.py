@@ -96,7 +96,9 @@ class _Pricing:
         costs = dict(zip(trials, self._costs(divergence, trials.values()), strict=True))
         return {
             "axes": {
-                name: self._curve(name, each, [cost for (_, named, _), cost in costs.items() if named == name])
+                name: self._curve(
+                    name, each, [cost for (kind, of, _), cost in costs.items() if (kind, of) == ("axis", name)]
+                )
                 for name, each in curves.items()
             },
             "blocks": {block: [costs["without", block, 0], self._parameters(each)] for block, each in without.items()},

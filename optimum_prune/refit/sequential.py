@@ -30,7 +30,7 @@ from optimum_prune.selection.mixtures import best_members, seeing_cost
 from optimum_prune.selection.shapes import states_of
 from optimum_prune.surgery.config import sync_config
 from optimum_prune.surgery.cuts import Decision
-from optimum_prune.surgery.operation import sharing_copy
+from optimum_prune.surgery.operation import copy_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,7 +98,7 @@ def brought_to(
     if wanted.states < dense.shape().rest.units(STATES):
         yield STATES_NARROWING.decision(dense, calibration, wanted.states)
         sync_config(decoder)
-        dense = replace(decoder, model=sharing_copy(decoder.model).requires_grad_(False))
+        dense = copy_of(decoder)
     shape, hidden = dense.shape(), dense.hidden()
     visits = calibration.walk(decoder, "Refitting, layer by layer")
     references = calibration.quiet().walk(dense, "")

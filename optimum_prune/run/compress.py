@@ -119,7 +119,8 @@ def _check(recipe: Recipe, output: Path, overwrite: bool) -> None:
     for step in recipe.passes:
         check_environment(step)
         for name in step.keeps_in:
-            if output.resolve() in (given_files.path_of(name).resolve(), *given_files.path_of(name).resolve().parents):
+            kept = given_files.path_of(name).resolve()
+            if output.resolve() in (kept, *kept.parents):
                 raise RecipeError(
                     f"{step.name} is to keep something in {name}, which lies in the output {output}, where nothing may be yet. Name another folder."
                 )

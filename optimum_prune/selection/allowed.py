@@ -10,7 +10,7 @@ from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD, STATES, AxisSha
 from optimum_prune.errors import RecipeError
 from optimum_prune.selection.measures import Measure
 from optimum_prune.selection.options import Curve, Prices
-from optimum_prune.selection.targets import Target, sizes_of
+from optimum_prune.selection.targets import Target, hidden_axis, sizes_of
 
 LAYERS, BLOCKS = "layers", "blocks"
 """What may go besides the units of axes."""
@@ -52,8 +52,7 @@ class Allowed:
 
     def states(self, shape: Shape) -> list[int]:
         """To how many features hidden states may become narrower: only where that is asked for, since it costs most by far."""
-        axis = next((axis for axis in shape.rest.axes if axis.name == STATES), None)
-        return [] if axis is None or STATES not in self.names else sizes_of(axis)
+        return sizes_of(hidden_axis(self.step, shape)) if STATES in self.names else []
 
     def sizes(self, index: int, layer: LayerShape) -> dict[str, list[int]]:
         """Of each axis of a layer that may be narrowed, how many units may be left, from few to all."""

@@ -63,9 +63,8 @@ class PriceList:
 
     def _picked(self, size: float) -> list[Option]:
         room = size - self.measure.of_rest(self.rest)
-        picked = chosen(self._options(), room)
         ways = [list(self._ways(index, prices)) for index, prices in enumerate(self.layers)]
-        return filled(picked, ways, room)
+        return filled(chosen([hull(each) for each in ways], room), ways, room)
 
     def with_states(self, size: int) -> PriceList:
         """Of the same model once its hidden states have so many features; what that costs is not among these prices."""

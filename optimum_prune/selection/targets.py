@@ -206,13 +206,6 @@ class Target:
                 found[axis.name] = math.gcd(found.get(axis.name, 0), axis.units, self.multiple(axis))
         return found
 
-    def trials(self, axis: AxisShape, uniform: int) -> tuple[int, ...]:
-        """Numbers of units at which to measure an axis: the uniform one, the fewest that are worth it, and one in between."""
-        multiple = self.multiple(axis)
-        narrowest = max(math.ceil(min(axis.units / 2, 0.6 * uniform) / multiple), 1) * multiple
-        middle = round((uniform + narrowest) / 2 / multiple) * multiple
-        return tuple(sorted({uniform, middle, min(narrowest, uniform)}, reverse=True))
-
 
 def _usual_multiple(width: int) -> int:
     """64, and for narrow layers the largest power of two that leaves at least 16 multiples."""

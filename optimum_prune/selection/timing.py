@@ -23,7 +23,7 @@ from optimum_prune.selection.allowed import SEEN, Allowed
 from optimum_prune.selection.measures import Times, cuts_of
 from optimum_prune.surgery.config import sync_config
 from optimum_prune.surgery.cuts import Cuts, Decision
-from optimum_prune.surgery.operation import carry_out, sharing_copy
+from optimum_prune.surgery.operation import carry_out, copy_of
 
 if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder
@@ -129,7 +129,7 @@ def _axes(shapes: Sequence[LayerShape], allowed: Allowed) -> list[str]:
 
 def of_sizes(dense: Decoder, layers: Sequence[LayerShape | None]) -> Decoder:
     """A model of the sizes of another that would come of this one, with whichever weights."""
-    made = replace(dense, model=sharing_copy(dense.model).requires_grad_(False))
+    made = copy_of(dense)
     units: dict[tuple[int | None, str], Units] = {
         (layer.index, name): kept
         for layer, after in zip(dense.layers, layers, strict=True)

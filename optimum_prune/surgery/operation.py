@@ -135,6 +135,11 @@ def sharing_copy(module: M, *kept: object) -> M:
     return copy.deepcopy(module, shared)
 
 
+def copy_of(decoder: Decoder) -> Decoder:
+    """A copy of a model that takes no memory, as `sharing_copy` makes it, and records no gradients."""
+    return replace(decoder, model=sharing_copy(decoder.model).requires_grad_(False))
+
+
 def keep_blocks(layer: DecoderLayer, kept: Sequence[str]) -> None:
     """Keeps these blocks of a decoder layer, in place.
 

@@ -51,19 +51,6 @@ def test_of_a_layer_whole_or_narrowed_the_width_is_a_multiple_of_the_least(width
         assert target.kept(axis, 0.3) % least == 0
 
 
-@pytest.mark.parametrize("width", [64, 1000, 1536])
-@pytest.mark.parametrize("ratio", [0.05, 0.3, 0.7])
-def test_axes_are_measured_at_the_uniform_size_and_at_smaller_ones(width, ratio):
-    target = Target("osscar", FEED_FORWARD)
-    axis = with_axis(width, groups=0, multiple=1)
-    uniform = target.kept(axis, ratio)
-    sizes = target.trials(axis, uniform)
-    assert sizes[0] == uniform
-    assert list(sizes) == sorted(set(sizes), reverse=True)
-    assert all(size % target.multiple(axis) == 0 for size in sizes)
-    assert sizes[-1] >= min(uniform, width / 2, 0.6 * uniform)
-
-
 @pytest.mark.parametrize("name", tiny.WITHOUT_HEADS)
 def test_heads_that_the_config_cannot_say_are_refused(name, decoder):
     with pytest.raises(RecipeError, match="cannot say that there are fewer heads"):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -37,7 +37,7 @@ from optimum_prune.selection.measures import whole
 from optimum_prune.selection.shapes import Choice, Priced, PriceList, cost_of, parameters_of, sizes_told
 from optimum_prune.selection.targets import Target, check_named_once, check_protected
 from optimum_prune.surgery.cuts import NOTE, Decision
-from optimum_prune.surgery.operation import sharing_copy
+from optimum_prune.surgery.operation import copy_of
 from optimum_prune.text.tasks import check_task_files
 from optimum_prune.text.windows import joined
 
@@ -183,7 +183,7 @@ class Budget(Limit, PrunePass):
     # Deciding
 
     def decide(self, decoder: Decoder, calibration: Calibration) -> Iterator[Decision]:
-        dense = replace(decoder, model=sharing_copy(decoder.model).requires_grad_(False))
+        dense = copy_of(decoder)
         goal = self.goal(self.name, dense, calibration, self._allowed)
         goal.check(self._allowed, dense.shape())
         own = self._own_windows(len(calibration.windows), offloaded=lies_on_disk(dense.modules[0]))
