@@ -31,8 +31,9 @@ from optimum_prune.refit.pricing import priced, prices_told, pricing_cost
 from optimum_prune.refit.sequential import STATES_NARROWING, Repairs, Wanted, bringing_cost, brought_to
 from optimum_prune.refit.solving import OfMedian
 from optimum_prune.selection.allowed import BLOCKS, Allowed
-from optimum_prune.selection.goals import SPEEDS, Goal, Limit
+from optimum_prune.selection.goals import SPEEDS, Goal
 from optimum_prune.selection.kinds import TextKinds, held_out_work, read_tasks
+from optimum_prune.selection.limits import Limit
 from optimum_prune.selection.measures import whole
 from optimum_prune.selection.shapes import Choice, Priced, PriceList, cost_of, parameters_of, sizes_told
 from optimum_prune.selection.targets import Target, check_named_once, check_protected
@@ -152,8 +153,8 @@ class Budget(Limit, PrunePass):
     def foresee(self, shape: Shape) -> Shape:
         check_protected(self.name, self.protect, shape)
         self._allowed.check(shape)
-        if self.share is not None:
-            Goal.of_parameters(self.share, shape).check(self._allowed, shape)
+        if goal := self.known_goal(self.name, shape):
+            goal.check(self._allowed, shape)
         if self._allowed.states(shape) and self.limit in SPEEDS:
             raise RecipeError(
                 f"{self.name} is to allow narrower hidden states, and has {self.limit}: no table tells the times of those. Leave one of the two out."

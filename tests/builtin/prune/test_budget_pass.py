@@ -220,23 +220,34 @@ def test_what_is_measured_to_be_too_slow_is_asked_for_again(name, decoder, plugi
         ({"bytes": "1KB"}, "0.001 MB of weights, and by what may go here it can leave"),
         ({"serving_memory": "1KB"}, "weights and cache"),
         ({"decode_speed": 1.1, "context": 10**6}, "takes .* tokens at most"),
-        ({"decode_speed": 50.0, "speed_table": "TABLE"}, "can decode .* times as fast at best"),
-        ({"decode_speed": 1.1, "speed_table": "EMPTY"}, "does not have the times"),
-        ({"decode_speed": 1.1, "speed_table": "MISSING"}, "does not exist"),
     ],
     ids=str,
 )
-def test_what_only_the_model_can_tell_is_refused_before_it_is_run_for_long(
-    name, options, said, decoder, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(tmp_path)
-    table = {"rest": 0.02, "layer": 0.01, "saved": {"channels": {"0.5": 0.005}}, "saved_without": {}}
-    (tmp_path / "TABLE").write_text(json.dumps(table))
-    (tmp_path / "EMPTY").write_text("{}")
+def test_what_only_the_model_can_tell_is_refused_before_it_is_run_for_long(name, options, said, decoder):
     step = Budget(**options)
     step.foresee(decoder.shape())
     with pytest.raises(RecipeError, match=said):
         next(step.decide(decoder, Calibration(WINDOWS)))
+
+
+@pytest.mark.parametrize("name", ["llama"])
+@pytest.mark.parametrize(
+    ("speed", "table", "said"),
+    [
+        (50.0, "TABLE", "can decode .* times as fast at best"),
+        (1.1, "EMPTY", "does not have the times"),
+        (1.1, "MISSING", "does not exist"),
+    ],
+)
+def test_what_a_table_tells_is_refused_before_there_is_a_model(
+    name, speed, table, said, decoder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    times = {"rest": 0.02, "layer": 0.01, "saved": {"channels": {"0.5": 0.005}}, "saved_without": {}}
+    (tmp_path / "TABLE").write_text(json.dumps(times))
+    (tmp_path / "EMPTY").write_text("{}")
+    with pytest.raises(RecipeError, match=said):
+        Budget(decode_speed=speed, speed_table=table).foresee(decoder.shape())
 
 
 @pytest.mark.parametrize(
