@@ -41,6 +41,8 @@ ORDER = (
     "__main__",
 )
 """Each imports only what stands before it."""
+BESIDE_WEIGHTS = ("configuration_pruned", "modeling_pruned")
+"""Modules of which copies lie beside weights, and are fetched with each other from there."""
 LONGEST_FILE, LONGEST_FUNCTION, MOST_ARGUMENTS, MANY_ARGUMENTS = 300, 45, 5, 10
 
 
@@ -52,7 +54,9 @@ def modules(root: Path) -> Iterator[tuple[Path, ast.Module]]:
 def imported(tree: ast.Module) -> Iterator[tuple[str, int]]:
     """Everything that a module imports, at any place and for annotations too: dotted names and lines."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom) and node.module in BESIDE_WEIGHTS:
+            assert node.level == 1, f"line {node.lineno}: it is found beside it, wherever that is"
+        elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"line {node.lineno}: imports are absolute"
             yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
         elif isinstance(node, ast.Import):
@@ -185,9 +189,10 @@ AXES = {"heads", "head", "channels", "channel", "experts", "expert"}
 MAKERS = (
     *("anatomy/axes.py", "anatomy/routing.py", "anatomy/matrices.py", "anatomy/family.py", "builtin/families"),
     *("builtin/prune/experts.py", "builtin/prune/sheared.py", "selection/mixtures.py", "checkpoint/transformers4.py"),
+    "surgery/configuration_pruned.py",
 )
 """What finds axes and matrices, the data from which it does, a method for one of them alone or whose options name a shape, and the names of
-config fields in another version of transformers."""
+config fields in another version of transformers, and as engines ask for them."""
 SAID_TO_USERS = {
     "head_ratio",
     "takes_experts",

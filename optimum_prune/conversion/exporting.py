@@ -202,9 +202,9 @@ def arrays(tokens: Int[Tensor, "w t"], before: int, names: Collection[str]) -> d
 
 def add_companions(job: Job, example: str) -> None:
     """Puts beside a graph where generation ends, the code that reads its config, and `example.py`."""
-    from optimum_prune.surgery.modeling_pruned import FILE  # transformers takes long to import
+    from optimum_prune.surgery.configuration_pruned import FILES  # transformers takes long to import
 
-    for name in (GENERATION, f"{FILE}.py"):
+    for name in (GENERATION, *(f"{file}.py" for file in FILES)):
         if (job.source / name).is_file():
             shutil.copy(job.source / name, job.target)
     file = job.target / GENERATION

@@ -132,7 +132,7 @@ def follow_config(layer: DecoderLayer) -> None:
     Raises:
         SurgeryError: a layer made from that config would have other parameters.
     """
-    from optimum_prune.surgery.modeling_pruned import LayerConfig
+    from optimum_prune.surgery.configuration_pruned import LayerConfig
 
     text = layer.config
     own = {name: value for name, value in layer.fields().items() if getattr(text, name) != value} | layer.pinned(text)

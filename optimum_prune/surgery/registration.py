@@ -36,7 +36,7 @@ def register() -> None:
     """Makes the model type of pruned models known to `AutoConfig`; the rest follows when such a config is read."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
-    from optimum_prune.surgery.modeling_pruned import MODEL_TYPE, PrunedConfig
+    from optimum_prune.surgery.configuration_pruned import MODEL_TYPE, PrunedConfig
 
     AutoConfig.register(MODEL_TYPE, PrunedConfig, exist_ok=True)
 
