@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from optimum_prune.anatomy.axis import Axis, Units
+from optimum_prune.anatomy.axis import Units
 from optimum_prune.anatomy.shape import ATTENTION, LayerShape, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.errors import RecipeError
@@ -24,6 +24,7 @@ from optimum_prune.selection.measures import Times, cuts_of
 from optimum_prune.surgery.config import sync_config
 from optimum_prune.surgery.cuts import Cuts, Decision
 from optimum_prune.surgery.operation import carry_out, copy_of
+from optimum_prune.surgery.padding import leading
 
 if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder
@@ -134,24 +135,11 @@ def of_sizes(dense: Decoder, layers: Sequence[LayerShape | None]) -> Decoder:
         (layer.index, name): kept
         for layer, after in zip(dense.layers, layers, strict=True)
         if after is not None
-        for name, kept in _first(layer.axes.values(), after)
+        for name, kept in leading(layer.axes.values(), after)
     }
     carry_out(made, Decision(cuts_of(layers, dense.shape()).merge(Cuts(units=units))))
     sync_config(made)
     return made
-
-
-def _first(axes: Iterable[Axis], after: LayerShape) -> Iterator[tuple[str, Units]]:
-    """Of the axes that become narrower, the first units of each part of them."""
-    axes = list(axes)
-    left = {axis.name: after.units(axis.name) for axis in axes if axis.block in after.blocks}
-    for axis in axes:
-        count = left.get(axis.follows, 0) * axis.times if axis.follows in left else left.get(axis.name, 0)
-        if not 0 < count < axis.units:
-            continue
-        size = axis.units // axis.parts
-        kept = tuple(part * size + unit for part in range(axis.parts) for unit in range(count // axis.parts))
-        yield axis.name, (kept,) * axis.groups if axis.groups else kept
 
 
 def timing_cost(work: Workload, shape: Shape, step: Step, batch: int, context: int) -> Cost:

@@ -5,6 +5,7 @@ A copy of this file lies beside the weights of such a checkpoint, with that of `
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections.abc import Sequence
@@ -192,10 +193,27 @@ def to_heterogeneous(
 def to_stock(model: Any) -> None:
     """Makes a pruned model whose layers are all alike again a stock one, in place; a stock model stays as it is."""
     if issubclass(type(model), OfPruned):
-        model.config.__class__, model.__class__ = stock_of(type(model.config)), stock_of(type(model))
-        del model.config.pruned
-        vars(model.config).pop("auto_map", None)
-        model.config.architectures = [type(model).__name__]
+        _forget_layers(model.config, stock_of(type(model)))
+        model.__class__ = stock_of(type(model))
+
+
+def stock_config(model: Any) -> Any:
+    """The config of a stock model all of whose layers are as large as the largest of a pruned one."""
+    config = copy.deepcopy(model.config)
+    _forget_layers(config, stock_of(type(model)))
+    return config
+
+
+def _forget_layers(config: Any, kind: type) -> None:
+    """Makes the config of a pruned model that of a stock one, in place.
+
+    Args:
+        kind: the class of that model.
+    """
+    config.__class__ = stock_of(type(config))
+    del config.pruned
+    vars(config).pop("auto_map", None)
+    config.architectures = [kind.__name__]
 
 
 def __getattr__(name: str) -> Any:

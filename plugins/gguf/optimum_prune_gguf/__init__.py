@@ -90,9 +90,9 @@ class Gguf(FolderPass):
             del model
             _quantize(between, file, self.outtype)
             between.unlink()
-        for name in ("config.json", "modeling_pruned.py"):  # which readers of the tokenizer look for
-            if (job.source / name).is_file():
-                shutil.copy(job.source / name, job.target)
+        for file in (job.source / "config.json", *job.source.glob("*_pruned.py")):  # readers of the tokenizer look for them
+            if file.is_file():
+                shutil.copy(file, job.target)
         context = context_length(config, form)
         (job.target / "example.py").write_text(EXAMPLE.format(context=min(context, 2048)), encoding="utf-8")
         return {

@@ -1,0 +1,1 @@
+"""Passes that write a model in another form."""
