@@ -14,6 +14,12 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PLAIN = re.compile(r"[\w.+@ -]+")
 """Names that can stand in Markdown as they are."""
 
+OTHERWISE = """
+PEFT is to be told which modules to adapt (`target_modules="all-linear"`). Whatever reads stock checkpoints only takes what the pass `padded` makes of it, which computes the
+same with narrower layers filled up with zeros.
+"""
+"""What else there is to know where layers differ."""
+
 
 def model_card(report: Report, recipe: str) -> str:
     """The model card of what a run made.
@@ -38,6 +44,12 @@ model = AutoModelForCausalLM.from_pretrained({arguments}{"" if report.stock else
 tokenizer = AutoTokenizer.from_pretrained({arguments})
 ```
 
+vLLM serves it{"" if report.stock else " through its Transformers backend (0.32 was run with such models of Llama, Qwen3 and Gemma 3)"}:
+
+```bash
+vllm serve path/to/this/folder{"" if report.stock else " --trust-remote-code"}
+```
+{"" if report.stock else OTHERWISE}
 {markdown(HEAD, report.rows())}
 
 {notes}
@@ -63,4 +75,4 @@ def _header(model: str) -> str:
 def _how_it_loads(stock: bool) -> str:
     if stock:
         return "It loads in stock transformers:"
-    return "Its layers differ in shape: it loads by the modelling file beside its weights, or after `import optimum_prune`:"
+    return "Its layers differ in shape: it loads by the code beside its weights, or after `import optimum_prune`:"

@@ -61,7 +61,7 @@ class Report:
     processes: int = 1
     """That shared the windows of text among them."""
     stock: bool = True
-    """Whether stock transformers reads it; where layers differ in shape, it needs the modelling file beside the weights."""
+    """Whether stock transformers reads it; where layers differ in shape, it needs the code beside the weights."""
     versions: Mapping[str, str] = field(default_factory=installed_versions)
     """Of Python and of the packages that the result depends on, where the run took place."""
 

@@ -48,8 +48,8 @@ class Padded(FolderPass):
     name: ClassVar[str] = "padded"
     stage: ClassVar[Stage] = Stage.EXPORT
     takes_heterogeneous: ClassVar[bool] = True
-    usual_tolerance: ClassVar[float] = 0.02
-    """Sums of more terms are rounded otherwise, even where those are zero."""
+    usual_tolerance: ClassVar[float] = 0.05
+    """In bfloat16, kernels round sums of more terms otherwise, even where those are zero; in float32 nothing differs."""
 
     def check(self, spec: CheckpointSpec) -> None:
         """Refuses a model that needs no zeros, and a router that would choose what is made of them."""

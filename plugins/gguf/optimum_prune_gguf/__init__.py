@@ -90,7 +90,10 @@ class Gguf(FolderPass):
             del model
             _quantize(between, file, self.outtype)
             between.unlink()
-        for file in (job.source / "config.json", *job.source.glob("*_pruned.py")):  # readers of the tokenizer look for them
+        for file in (
+            job.source / "config.json",
+            *job.source.glob("*_pruned.py"),
+        ):  # readers of the tokenizer look for them
             if file.is_file():
                 shutil.copy(file, job.target)
         context = context_length(config, form)
