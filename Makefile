@@ -97,7 +97,8 @@ $(ALL)/ready: pyproject.toml constraints.txt plugins/constraints.txt $(wildcard 
 	$(PYTHON) -m venv $(ALL)
 	$(ALL)/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH)
 	$(ALL)/bin/python -m pip install --quiet --constraint constraints.txt --constraint plugins/constraints.txt \
-		--editable '.[test,$(EXTRAS)]' $(PLUGINS:%=--editable plugins/%)
+		--editable '.[test,$(EXTRAS)]' $(PLUGINS:%=--editable plugins/%) \
+		--editable 'plugins/onnx[genai]' --editable 'plugins/openvino[genai]'
 	touch $@
 
 $(QUALITY)/ready: pyproject.toml constraints.txt

@@ -97,8 +97,8 @@ def check_conversions(steps: Iterable[FolderPass], spec: CheckpointSpec) -> None
         if spec.heterogeneous and not step.takes_heterogeneous:
             raise RecipeError(
                 f"'{step.name}' cannot read a model whose layers differ in shape or lack a block, as the passes before it leave it. Prune every "
-                f"layer alike (osscar without `allocation: global` and `protect`; depth; block-pruner with `stock: true`), or leave "
-                f"'{step.name}' out."
+                f"layer alike (osscar without `allocation: global` and `protect`; depth; block-pruner with `stock: true`), or run 'padded' instead, and "
+                f"'{step.name}' on the stock checkpoint that it writes."
             )
         if not step.takes_experts and any(layer.routed for layer in spec.shape.layers):
             raise RecipeError(

@@ -12,6 +12,8 @@ an FFN stay in float32: a few of those channels are so large that all others wou
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -83,11 +85,49 @@ class Onnx(FolderPass):
         export(exporter, trace(model), OnnxConfig(quantizer=quantizer)).save_pretrained(job.target)
         _forget_traces(job.target / "model.onnx")
         add_companions(job, EXAMPLE)
-        return {"dtype": self.dtype, "quantize": self.quantize}
+        plain = _for_genai(job, model.config.get_text_config(), OnnxRuntime(job.target, "cpu", self.dtype))
+        if plain is not None:
+            (job.target / "genai_config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
+        return {"onnxruntime_genai": plain is not None, "dtype": self.dtype, "quantize": self.quantize}
 
     def open(self, folder: Path, device: str) -> Runtime:
         """The graph in ONNX Runtime."""
         return OnnxRuntime(folder, device, "int8" if self.quantize == "int8" else self.dtype)
+
+
+def _for_genai(job: Job, config: Any, runtime: OnnxRuntime) -> dict[str, Any] | None:
+    """How onnxruntime-genai runs a graph; None where it cannot: it gives every layer a cache, and all layers the same."""
+    shapes = {(each.shape[1], each.shape[3]) for each in runtime.cached}
+    if len(shapes) > 1 or len(runtime.cached) != 2 * config.num_hidden_layers:
+        return None
+    ((heads, size),) = shapes
+    names = [re.sub(r"(?<=layers\.)\d+", "%d", each.name) for each in runtime.cached[:2]]
+    inputs = {name: name for name in runtime.names if ".layers." not in name}
+    present = [name.replace("input.", "output.", 1) for name in names]
+    ends = json.loads((job.target / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
+    end = ends[0] if isinstance(ends, list) else ends
+    longest = int(config.max_position_embeddings)
+    decoder = {
+        "filename": "model.onnx",
+        "session_options": {"provider_options": []},
+        "head_size": size,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_key_value_heads": heads,
+        "inputs": {**inputs, "past_key_names": names[0], "past_value_names": names[1]},
+        "outputs": {"logits": "logits", "present_key_names": present[0], "present_value_names": present[1]},
+    }
+    model = {
+        "type": "decoder",
+        "vocab_size": config.vocab_size,
+        "context_length": longest,
+        "bos_token_id": config.bos_token_id if isinstance(config.bos_token_id, int) else end,
+        "eos_token_id": ends,
+        "pad_token_id": config.pad_token_id if isinstance(config.pad_token_id, int) else end,
+        "decoder": decoder,
+    }
+    return {"model": model, "search": {"do_sample": False, "max_length": longest, "past_present_share_buffer": False}}
 
 
 def _forget_traces(file: Path) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -26,7 +27,7 @@ from optimum_prune.conversion.exporting import (
     open_to_export,
     trace,
 )
-from optimum_prune.errors import RecipeError
+from optimum_prune.errors import RecipeError, reason
 from optimum_prune.machine.isolation import isolated
 
 if TYPE_CHECKING:
@@ -43,7 +44,11 @@ class OpenVino(FolderPass):
 
     name: ClassVar[str] = "openvino"
     stage = Stage.EXPORT
-    requires: ClassVar[Mapping[str, str]] = {"openvino": "openvino>=2026.1", "nncf": "nncf>=3.0"}
+    requires: ClassVar[Mapping[str, str]] = {
+        "openvino": "openvino>=2026.1",
+        "nncf": "nncf>=3.0",
+        "openvino_tokenizers": "openvino-tokenizers>=2026.1",
+    }
     takes_heterogeneous: ClassVar[bool] = True
     takes_quantized: ClassVar[bool] = True
     dtype: Literal["float32", "float16"] = option("What weights that are not quantized are stored in.", "float32")
@@ -94,7 +99,7 @@ class OpenVino(FolderPass):
         config = OpenVINOConfig(compress_to_fp16=self.dtype == "float16", quantizer=quantizer)
         export(OpenVINOExporter(), traced, config).save_pretrained(job.target)
         add_companions(job, EXAMPLE)
-        return {"dtype": self.dtype, "quantize": self.quantize}
+        return {**_add_tokenizers(job), "dtype": self.dtype, "quantize": self.quantize}
 
     def _quantizer(self, job: Job, traced: Trace) -> Any:
         with isolated(silent=True):
@@ -138,6 +143,20 @@ class OpenVinoRuntime(CachedRuntime):
 
         inputs = arrays(tokens, before, self.names) | {"beam_idx": cache}
         return torch.from_numpy(self.request.infer(inputs)["logits"].copy()), cache
+
+
+def _add_tokenizers(job: Job) -> dict[str, Any]:
+    """Writes the graphs that OpenVINO GenAI reads and writes text with, and says why where it cannot."""
+    with isolated(silent=True):
+        openvino: Any = import_module("openvino")
+        convert: Any = import_module("openvino_tokenizers").convert_tokenizer
+        try:
+            made = convert(job.tokenizer(), with_detokenizer=True)
+        except Exception as error:  # whatever a tokenizer has that it does not know
+            return {"openvino_genai": False, "no_tokenizer": reason(error)}
+    for name, graph in zip(("openvino_tokenizer", "openvino_detokenizer"), made, strict=True):
+        openvino.save_model(graph, job.target / f"{name}.xml", compress_to_fp16=False)
+    return {"openvino_genai": True}
 
 
 EXAMPLE = '''"""Generates text with this model: python example.py "Once upon a time" """

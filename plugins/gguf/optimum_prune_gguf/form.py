@@ -62,7 +62,7 @@ def form_of(config: PreTrainedConfig, heterogeneous: bool) -> Form:
     if heterogeneous and kind not in LIKE_LLAMA:
         raise RecipeError(
             f"The layers of the model will differ or lack blocks, and llama.cpp has no form of '{kind}' for that, only of "
-            f"{', '.join(LIKE_LLAMA)}. Prune all layers alike, or leave out whole layers, or export to another runtime."
+            f"{', '.join(LIKE_LLAMA)}. Run the pass 'padded' instead, and then 'gguf' on the stock checkpoint that it writes; or prune all layers alike."
         )
     form = DECI if heterogeneous else FORMS[kind]
     wrong = _differences(config, form)
