@@ -159,6 +159,8 @@ WRITTEN = {
         "cached_against_uncached": 2.5e-07,
     },
     "stock": True,
+    "architecture": "",
+    "served_by": [],
     "seconds": 74.3,
     "processes": 1,
     "versions": VERSIONS,

@@ -14,11 +14,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PLAIN = re.compile(r"[\w.+@ -]+")
 """Names that can stand in Markdown as they are."""
 
-OTHERWISE = """
-PEFT is to be told which modules to adapt (`target_modules="all-linear"`). Whatever reads stock checkpoints only takes what the pass `padded` makes of it, which computes the
-same with narrower layers filled up with zeros.
-"""
-"""What else there is to know where layers differ."""
+COLUMNS = ("engine", "run with", "how")
 
 
 def model_card(report: Report, recipe: str) -> str:
@@ -44,16 +40,10 @@ model = AutoModelForCausalLM.from_pretrained({arguments}{"" if report.stock else
 tokenizer = AutoTokenizer.from_pretrained({arguments})
 ```
 
-vLLM serves it{"" if report.stock else " through its Transformers backend (0.32 was run with such models of Llama, Qwen3 and Gemma 3)"}:
-
-```bash
-vllm serve path/to/this/folder{"" if report.stock else " --trust-remote-code"}
-```
-{"" if report.stock else OTHERWISE}
 {markdown(HEAD, report.rows())}
 
 {notes}
-
+{_who_serves(report)}
 The recipe:
 
 {fence}yaml
@@ -70,6 +60,15 @@ def _header(model: str) -> str:
     if HUB_ID.fullmatch(model) and not model.endswith(".gguf") and not is_place(model):
         head["base_model"] = model
     return f"---\n{strict_yaml.dump(head).rstrip()}\n---"
+
+
+def _who_serves(report: Report) -> str:
+    """A table of what runs such models; nothing where that is not known."""
+    rows = [(name, version, how) for name, version, how in report.served_by()]
+    if not rows:
+        return ""
+    lines = [f"| {' | '.join(row)} |" for row in (COLUMNS, ("---",) * len(COLUMNS), *rows)]
+    return "\n".join(["", "What runs it, before anything is quantized:", "", *lines, ""])
 
 
 def _how_it_loads(stock: bool) -> str:

@@ -17,6 +17,7 @@ from optimum_prune.machine.versions import installed_versions
 from optimum_prune.passes.evidence import Json
 from optimum_prune.passes.outcome import Outcome
 from optimum_prune.report.published import is_place, place, scrubbed
+from optimum_prune.report.serving import who_serves
 from optimum_prune.report.tables import Row, aligned, compared
 from optimum_prune.surgery.cuts import Cuts
 
@@ -34,6 +35,10 @@ class Change(Generic[T]):
 
     before: T
     after: T
+
+
+SERVED = ("engine", "version", "how")
+"""What is said of who can serve a model."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class Report:
     """That shared the windows of text among them."""
     stock: bool = True
     """Whether stock transformers reads it; where layers differ in shape, it needs the code beside the weights."""
+    architecture: str = ""
+    """The model type of the stock architecture; empty in reports of older versions."""
     versions: Mapping[str, str] = field(default_factory=installed_versions)
     """Of Python and of the packages that the result depends on, where the run took place."""
 
@@ -83,10 +90,16 @@ class Report:
             "passes": [outcome.to_plain() for outcome in self.passes],
             "verified": asdict(self.verified),
             "stock": self.stock,
+            "architecture": self.architecture,
+            "served_by": [dict(zip(SERVED, each, strict=True)) for each in self.served_by()],
             "seconds": self.seconds,
             "processes": self.processes,
             "versions": dict(self.versions),
         }
+
+    def served_by(self) -> list[tuple[str, str, str]]:
+        """Engine, version and how, of each that was run with such models."""
+        return list(who_serves(self.architecture, stock=self.stock)) if self.architecture else []
 
     def cuts(self) -> list[dict[str, Any]]:
         """Plain data, as in `cuts.json`: of each pass, what it kept."""
@@ -113,6 +126,7 @@ class Report:
             seconds=plain["seconds"],
             processes=plain["processes"],
             stock=plain["stock"],
+            architecture=plain.get("architecture", ""),
             versions=plain["versions"],
         )
 

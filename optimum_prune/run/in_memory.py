@@ -59,6 +59,7 @@ def change_in_memory(run: Run) -> Report:
         verified=verified,
         seconds=0.0,
         stock=not hasattr(reloaded.config, "pruned"),
+        architecture=getattr(reloaded.config, "base_model_type", reloaded.config.model_type),
     )
     if processes.first():
         run.keep(report)

@@ -29,12 +29,6 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 
-vLLM serves it:
-
-```bash
-vllm serve path/to/this/folder
-```
-
 {MARKDOWN}
 {"".join(f"- {note}" + chr(10) for note in NOTES)}
 The recipe:
@@ -57,8 +51,6 @@ def test_the_card_of_a_model_whose_layers_differ_says_how_it_loads():
     assert "by the code beside its weights, or after `import optimum_prune`:" in card
     assert 'AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)' in card
     assert "stock transformers" not in card
-    assert "vllm serve path/to/this/folder --trust-remote-code\n" in card
-    assert all(remedy in card for remedy in ('`target_modules="all-linear"`', "the pass `padded`"))
 
 
 @pytest.mark.parametrize(

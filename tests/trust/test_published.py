@@ -195,7 +195,7 @@ def test_a_card_shows_any_name_as_it_is(name, owner):
     assert yaml_text.count(f"\n{marks}\n") == 1
     assert "<" not in before
     assert all(line.count("|") == 5 for line in before.split("\n") if line.startswith("|"))
-    assert before.count("```") == 4
+    assert before.count("```") == 2
 
 
 def test_a_local_folder_is_no_model_of_the_hub(home):
