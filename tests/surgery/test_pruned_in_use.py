@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     StaticCache,
@@ -89,6 +90,44 @@ def test_a_cache_that_has_read_too_much_goes_back(uneven):
     assert cache.get_seq_length() == length - 2
     again = model(input_ids=tokens[:, -2:], past_key_values=cache).logits
     assert_close(again, model(input_ids=tokens).logits[:, -2:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "asked", [{"num_beams": 3}, {"prefill_chunk_size": 4}, {"prompt_lookup_num_tokens": 3}], ids=str
+)
+def test_prompts_in_pieces_beams_and_lookups_give_what_no_cache_gives(uneven, asked):
+    model, _ = uneven
+    half = tiny.windows(1, 12).tokens
+    tokens = torch.cat([half, half], dim=1)
+    asked = {**asked, "max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    plain = {
+        name: value for name, value in asked.items() if name not in ("prefill_chunk_size", "prompt_lookup_num_tokens")
+    }
+    assert torch.equal(model.generate(tokens, **asked), model.generate(tokens, **plain, use_cache=False))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shorter_prompts_of_a_batch_are_padded(uneven):
+    model, _ = uneven
+    tokens = tiny.windows(2, 10).tokens
+    tokens[1, :4] = 0
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    asked = {"max_new_tokens": 5, "do_sample": False}
+    together = model.generate(tokens, attention_mask=mask, **asked)
+    alone = model.generate(tokens[1:, 4:], attention_mask=mask[1:, 4:], **asked)
+    assert torch.equal(together[1, 10:], alone[0, 6:])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_and_a_device_map(uneven):
+    _, folder = uneven
+    found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu").eval()
+    assert found.dtype == torch.bfloat16
+    assert found(input_ids=WINDOWS.tokens).logits.isfinite().all()
+    pipe = transformers.pipeline("text-generation", model=found, tokenizer=tiny.tokenizer())
+    assert pipe("a", max_new_tokens=3)[0]["generated_text"].startswith("a")
 
 
 @pytest.mark.parametrize("name", NAMES)
