@@ -16,7 +16,7 @@ from optimum_prune.machine.sizes import size_of
 from optimum_prune.options import NUMBER, check_options, option
 from optimum_prune.selection.goals import SIZES, SPEEDS, Goal
 from optimum_prune.selection.measures import Measure, Served, Times, Weights, whole
-from optimum_prune.selection.timing import Stopwatch, read_table, timing_cost
+from optimum_prune.selection.timing import TOKENS, Stopwatch, read_table, timing_cost
 
 if TYPE_CHECKING:
     from optimum_prune.anatomy.decoder import Decoder
@@ -156,9 +156,11 @@ class Limit:
 
     def _served(self, step: str, decoder: Decoder) -> tuple[int, int]:
         """How many sequences of how many tokens."""
-        longest, context = length_limit(decoder.config), self.context
+        written = TOKENS if self.limit == "decode_speed" else 0
+        longest, context = length_limit(decoder.config) - written, self.context
         if context is not None and context > longest:
-            raise RecipeError(f"{step} has context {context}, and this model takes {longest} tokens at most.")
+            behind = f" in front of the {written} that are written" if written else ""
+            raise RecipeError(f"{step} has context {context}, and this model takes {longest} tokens at most{behind}.")
         return self.batch or BATCH, context or min(CONTEXT, longest)
 
     def _speed_goal(self, step: str, decoder: Decoder, calibration: Calibration, allowed: Allowed) -> Goal:

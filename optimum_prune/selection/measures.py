@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from optimum_prune.anatomy.shape import ATTENTION, LayerShape, Shape
+from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, LayerShape, Shape
 from optimum_prune.surgery.cuts import Cuts
 
 
@@ -114,10 +114,28 @@ class Times:
             KeyError, TypeError, ValueError, AttributeError: it is something else.
         """
         saved = {
-            name: {float(share): float(each) for share, each in known.items()} for name, known in told["saved"].items()
+            name: {float(share): _seconds(each) for share, each in known.items()}
+            for name, known in told["saved"].items()
         }
-        blocks = {name: float(each) for name, each in told["saved_without"].items()}
-        return cls(float(told["rest"]), float(told["layer"]), shape.layers, saved, blocks)
+        blocks = {name: _seconds(each) for name, each in told["saved_without"].items()}
+        axes = {axis.name for layer in shape.layers for axis in layer.axes}
+        shares = [share for known in saved.values() for share in known]
+        found = cls(_seconds(told["rest"]), _seconds(told["layer"]), shape.layers, saved, blocks)
+        if not (
+            set(saved) <= axes
+            and set(blocks) <= set(BLOCKS)
+            and all(0 < share <= 1 for share in shares)
+            and found.layer > 0
+        ):
+            raise ValueError("no such times")
+        return found
+
+
+def _seconds(told: Any) -> float:
+    """A number of seconds, which may be below zero where a difference was measured."""
+    if isinstance(told, bool) or not isinstance(told, (int, float)) or not math.isfinite(told):
+        raise ValueError("no time")
+    return float(told)
 
 
 def _between(known: Mapping[float, float], share: float) -> float:

@@ -7,10 +7,12 @@ turn with the model as it is, and what counts is the median of the ratios: a mac
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -56,7 +58,7 @@ class Stopwatch:
         """Seconds for a step of the model as it is, and how much of that another one takes."""
         steps = [self._step(each) for each in (self.dense, other)]
         for step in steps:
-            step()  # whatever happens once only
+            step()()  # whatever happens once only
         seconds, ratios, started = list[float](), list[float](), time.perf_counter()
         while len(ratios) < TURNS[0] or (len(ratios) < TURNS[1] and time.perf_counter() - started < LONG_ENOUGH):
             before, after = (self._timed(step) for step in steps)
@@ -65,28 +67,31 @@ class Stopwatch:
         tokens = TOKENS if self.step == "decode" else 1
         return statistics.median(seconds) / tokens, statistics.median(ratios)
 
-    def _step(self, decoder: Decoder) -> Callable[[], object]:
-        """Reads the prompt, or writes some tokens behind it."""
+    def _step(self, decoder: Decoder) -> Callable[[], Callable[[], object]]:
+        """Prepares to read the prompt, or to write some tokens behind it, each time behind as many."""
         device = decoder.model.get_input_embeddings().weight.device
         prompt = torch.arange(self.batch * self.context, device=device).view(self.batch, -1) % self._vocabulary
         if self.step == "prefill":
-            return lambda: decoder.model(input_ids=prompt, use_cache=True, logits_to_keep=1)
-        past = decoder.model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
+            return lambda: lambda: decoder.model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+        read = decoder.model(input_ids=prompt, use_cache=True, logits_to_keep=1).past_key_values
 
-        def write() -> None:
+        def write(past: Any) -> None:
             for _ in range(TOKENS):
                 decoder.model(input_ids=prompt[:, -1:], past_key_values=past, use_cache=True)
 
-        return write
+        return lambda: partial(write, copy.deepcopy(read))
 
     @property
     def _vocabulary(self) -> int:
         return int(self.dense.config.vocab_size) // 2  # tokens that stand for images are in the other half
 
-    def _timed(self, step: Callable[[], object]) -> float:
+    def _timed(self, step: Callable[[], Callable[[], object]]) -> float:
         accelerated = self.dense.model.device.type != "cpu"
+        run = step()
+        if accelerated:
+            torch.accelerator.synchronize()
         started = time.perf_counter()
-        step()
+        run()
         if accelerated:
             torch.accelerator.synchronize()
         return time.perf_counter() - started

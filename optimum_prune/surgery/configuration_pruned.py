@@ -32,7 +32,6 @@ AUTO_CLASSES = (
     "AutoModel",
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
-    "AutoModelForQuestionAnswering",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
 )
@@ -173,11 +172,17 @@ class ConfigOfPruned(OfPruned):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """A config from what a `config.json` holds; a ValueError if that is not as it is written here."""
         if "base_config" in config_dict:  # else it is what `to_dict` returned
-            expect(isinstance(config_dict["base_config"], Mapping), "has no config of the stock architecture")
+            base = config_dict["base_config"]
+            expect(isinstance(base, Mapping), "has no config of the stock architecture")
+            expect(
+                not set(base) & set(vars(ConfigOfPruned)),
+                "has a config of the stock architecture with fields of this one",
+            )
             check(config_dict.get("pruned"))
             around = {name: config_dict[name] for name in (*AROUND, "pruned", "auto_map") if name in config_dict}
             neutral = {"architectures": config_dict.get("architectures"), "model_type": MODEL_TYPE}
-            config_dict = {**config_dict["base_config"], **around, **neutral}
+            config_dict = {**base, **around, **neutral}
+        expect("pruned" in config_dict, "is missing")
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]  # of the stock config
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -187,7 +192,7 @@ class ConfigOfPruned(OfPruned):
         base.pop("auto_map", None)
         del base["model_type"]  # with it, a stock class would take this part for a config of its own
         models = {auto: kind.__name__ for auto, kind in stock_models(stock_of(type(self))).items()}
-        (named,) = base.get("architectures") or [models["AutoModelForCausalLM"]]
+        named, *_ = base.get("architectures") or [models["AutoModelForCausalLM"]]
         base["architectures"] = [named.removeprefix("Pruned")]
         auto_map = {auto: f"{FILES[1]}.Pruned{name}" for auto, name in models.items()}
         plain |= {name: base[name] for name in ("dtype",) if name in base}
@@ -233,7 +238,7 @@ def check(pruned: Any) -> None:
     expect(isinstance(pruned, Mapping) and set(names) <= set(pruned), f"does not say {', '.join(names)}")
     layers, config, blocks, own = (pruned[name] for name in names)
     listed = isinstance(blocks, Mapping) and all(isinstance(paths, list) and paths for paths in blocks.values())
-    expect(listed, "has blocks that are no lists of modules")
+    expect(listed and {"attention", "feed_forward"} <= set(blocks), "has blocks that are no lists of modules")
     for path in (layers, *([config] if config else []), *(path for paths in blocks.values() for path in paths)):
         plain = isinstance(path, str) and len(path) <= LONGEST_PATH and PATH.fullmatch(path)
         expect(bool(plain), f"names {str(path)[:LONGEST_PATH]!r}, which is no path of a module")

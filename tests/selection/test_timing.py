@@ -10,6 +10,7 @@ from optimum_prune.anatomy.shape import ATTENTION, LayerShape
 from optimum_prune.selection.allowed import Allowed
 from optimum_prune.selection.measures import Times, _between, whole
 from optimum_prune.selection.timing import Stopwatch, of_sizes
+from optimum_prune.surgery.operation import copy_of
 
 
 def narrowed(index: int, layer: LayerShape, allowed: Allowed) -> LayerShape | None:
@@ -86,3 +87,20 @@ def test_times_beyond_what_was_tried_go_on_as_they_led_there():
         [0.0, 0.1, 0.2, 0.3, 0.4, 0.6]
     )
     assert _between({}, 0.3) == 0.0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_each_turn_writes_behind_as_many_tokens(name, decoder, monkeypatch):
+    """A cache that goes on growing would time other contexts, and lead out of what a model with learned positions takes."""
+    other, lengths = copy_of(decoder), []
+    forward = type(decoder.model).forward
+
+    def watched(self, *args, past_key_values=None, **kwargs):
+        if past_key_values is not None:
+            lengths.append(past_key_values.get_seq_length())
+        return forward(self, *args, past_key_values=past_key_values, **kwargs)
+
+    monkeypatch.setattr(type(decoder.model), "forward", watched)
+    Stopwatch(decoder, "decode", 2, 16).beside(other)
+    assert set(lengths) == {16, 17, 18, 19}
+    assert len(lengths) >= 2 * 4 * 7

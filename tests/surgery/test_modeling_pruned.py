@@ -326,6 +326,8 @@ HOSTILE = {
         "blocks": {"attention": [".."], "feed_forward": ["mlp"]},
         "first": {"without": ["attention"]},
     },
+    "one kind of block": {"blocks": {"feed_forward": ["mlp"]}},
+    "a stock config with fields of ours": {"base_config": {"base_model_type": "llama"}},
     "no blocks": {"blocks": {}, "first": {"without": ["attention"]}},
     "a block that there is not": {"first": {"without": ["memory"]}},
     "a field of Python's": {"first": {"__class__": 3}},

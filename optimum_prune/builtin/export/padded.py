@@ -23,6 +23,7 @@ from optimum_prune.selection.timing import Step, Stopwatch
 from optimum_prune.surgery.padding import padded
 
 if TYPE_CHECKING:
+    from optimum_prune.anatomy.shape import Shape
     from optimum_prune.passes.checkpoint_spec import CheckpointSpec
 
 STEPS: tuple[Step, ...] = ("prefill", "decode")
@@ -58,10 +59,13 @@ class Padded(FolderPass):
                 f"{self.name} fills up layers that are smaller than others, and the layers of this model are all alike: it is a stock "
                 f"checkpoint already. Leave {self.name} out."
             )
-        if len({layer.units(MEMBERS) for layer in spec.shape.layers if layer.routed}) > 1:
+        self._check_members(spec.shape)
+
+    def _check_members(self, shape: Shape) -> None:
+        if MEMBERS in shape.searched or len({layer.units(MEMBERS) for layer in shape.layers if layer.routed}) > 1:
             raise RecipeError(
-                f"{self.name} fills up layers with zeros, and layers of this mixture have different numbers of {MEMBERS}: their router would "
-                f"choose those of zeros. Keep as many {MEMBERS} in every layer, or leave {self.name} out."
+                f"{self.name} fills up layers with zeros, and layers of this mixture have different numbers of experts, or may have: their "
+                f"router would choose those of zeros. Keep as many experts in every layer, or leave {self.name} out."
             )
 
     def convert(self, job: Job) -> Mapping[str, Any]:
@@ -72,6 +76,7 @@ class Padded(FolderPass):
                 f"All layers of the model are as its stock config says, so {self.name} has nothing to fill up. Leave it out."
             )
         decoder = Decoder.of(model, load().families)
+        self._check_members(decoder.shape())
         whole = padded(decoder)
         before, after = (count_parameters(each.model).total for each in (decoder, whole))
         context = min(CONTEXT, length_limit(decoder.config) // 2)

@@ -90,12 +90,9 @@ class Gguf(FolderPass):
             del model
             _quantize(between, file, self.outtype)
             between.unlink()
-        for file in (
-            job.source / "config.json",
-            *job.source.glob("*_pruned.py"),
-        ):  # readers of the tokenizer look for them
-            if file.is_file():
-                shutil.copy(file, job.target)
+        for each in (job.source / "config.json", *job.source.glob("*_pruned.py")):  # the tokenizer's readers want them
+            if each.is_file():
+                shutil.copy(each, job.target)
         context = context_length(config, form)
         (job.target / "example.py").write_text(EXAMPLE.format(context=min(context, 2048)), encoding="utf-8")
         return {

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from optimum_prune import CheckpointSpec, Depth, Osscar, Recipe, Settings, Text, compress
 from optimum_prune.builtin.export.padded import Padded
 from optimum_prune.builtin.prune.block_pruner import BlockPruner
+from optimum_prune.builtin.prune.experts import ExpertPruner
 from optimum_prune.errors import RecipeError
 from optimum_prune.selection.mixtures import AXIS
 
@@ -62,14 +63,28 @@ def test_its_example_runs_without_this_package(padded):
     assert run.stdout.startswith("Once upon a time")
 
 
-def test_layers_that_are_alike_need_no_zeros(padded):
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3"])
+def test_layers_that_are_as_their_config_says_need_no_zeros(padded, name):
     with pytest.raises(RecipeError, match="it is a stock checkpoint already"):
-        padded(Depth(layers=1))
+        padded(Depth(drop=(3,)), name=name)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "phi3"])
+def test_models_that_take_few_tokens_are_filled_up_as_well(padded, name):
+    folder, _ = padded(Osscar(ratio=0.5, protect=(0, 3)), name=name)
+    small, whole = (AutoModelForCausalLM.from_pretrained(each) for each in (folder, folder / "padded"))
+    tokens = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(whole(tokens).logits, small(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mixtral"])
 def test_a_router_would_choose_experts_of_zeros(name, decoder):
     shape = decoder.shape()
     uneven = replace(shape, layers=(shape.layers[0].narrowed({AXIS: 2}), *shape.layers[1:]))
-    with pytest.raises(RecipeError, match="their router would choose those of zeros"):
+    with pytest.raises(RecipeError, match="router would choose those of zeros"):
         Padded().check(CheckpointSpec(decoder.config, decoder.family, uneven))
+
+
+def test_experts_of_which_a_search_decides_are_known_beforehand_to_differ(padded):
+    with pytest.raises(RecipeError, match="router would choose those of zeros"):
+        padded(ExpertPruner(ratio=0.25, allocation="global"), name="mixtral")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 
 import pytest
 import tiny
@@ -237,6 +238,11 @@ def test_what_only_the_model_can_tell_is_refused_before_it_is_run_for_long(name,
         (50.0, "TABLE", "can decode .* times as fast at best"),
         (1.1, "EMPTY", "does not have the times"),
         (1.1, "MISSING", "does not exist"),
+        (1.1, "ZEROS", "does not have the times"),
+        (1.1, "INFINITE", "does not have the times"),
+        (1.1, "WORDS", "does not have the times"),
+        (1.1, "STRANGE", "does not have the times"),
+        (1.1, "SHARES", "does not have the times"),
     ],
 )
 def test_what_a_table_tells_is_refused_before_there_is_a_model(
@@ -244,7 +250,15 @@ def test_what_a_table_tells_is_refused_before_there_is_a_model(
 ):
     monkeypatch.chdir(tmp_path)
     times = {"rest": 0.02, "layer": 0.01, "saved": {"channels": {"0.5": 0.005}}, "saved_without": {}}
-    (tmp_path / "TABLE").write_text(json.dumps(times))
+    wrong = {
+        "ZEROS": {"layer": 0},
+        "INFINITE": {"rest": math.inf},
+        "WORDS": {"layer": "0.01"},
+        "STRANGE": {"saved": {"wings": {"0.5": 0.005}}},
+        "SHARES": {"saved": {"channels": {"-3": 0.005}}},
+    }
+    for file, changes in {"TABLE": {}, **wrong}.items():
+        (tmp_path / file).write_text(json.dumps(times | changes))
     (tmp_path / "EMPTY").write_text("{}")
     with pytest.raises(RecipeError, match=said):
         Budget(decode_speed=speed, speed_table=table).foresee(decoder.shape())
