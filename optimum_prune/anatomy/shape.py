@@ -224,6 +224,14 @@ class Shape:
         """Whether all layers are alike, and no search will change that."""
         return len(set(self.layers)) == 1 and not self.searched and not self.searched_blocks
 
+    @property
+    def heterogeneous(self) -> bool:
+        """Whether layers differ in size or lack a block, or may once a search is over; where there are several kinds of layers, those of one kind."""
+        names = {axis.name for layer in self.layers for axis in layer.axes}
+        sizes = ({layer.units(name) for layer in self.layers} - {0} for name in names)
+        incomplete = any(len(layer.blocks) < len(BLOCKS) for layer in self.layers)
+        return bool(self.searched or self.searched_blocks) or incomplete or any(len(each) > 1 for each in sizes)
+
     def describe(self) -> str:
         """In a line."""
         sizes = (f"{column} {text}" for column, text in self.columns().items())

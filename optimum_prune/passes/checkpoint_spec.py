@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from optimum_prune.anatomy.shape import BLOCKS
 from optimum_prune.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -28,11 +27,7 @@ class CheckpointSpec:
     @property
     def heterogeneous(self) -> bool:
         """Whether its layers will, or may, differ in shape or lack a block; of a model with layers of several kinds, those of one kind."""
-        shape = self.shape
-        names = {axis.name for layer in shape.layers for axis in layer.axes}
-        sizes = ({layer.units(name) for layer in shape.layers} - {0} for name in names)
-        incomplete = any(len(layer.blocks) < len(BLOCKS) for layer in shape.layers)
-        return bool(shape.searched or shape.searched_blocks) or incomplete or any(len(each) > 1 for each in sizes)
+        return self.shape.heterogeneous
 
     @property
     def text_config(self) -> PreTrainedConfig:

@@ -7,7 +7,7 @@ import re
 from optimum_prune.machine import strict_yaml
 from optimum_prune.report.published import is_place, last_part
 from optimum_prune.report.report import HEAD, Report
-from optimum_prune.report.tables import escaped, markdown
+from optimum_prune.report.tables import escaped, markdown, of_markdown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """The name of a model of the Hub, with that of its owner in front."""
@@ -64,11 +64,8 @@ def _header(model: str) -> str:
 
 def _who_serves(report: Report) -> str:
     """A table of what runs such models; nothing where that is not known."""
-    rows = [(name, version, how) for name, version, how in report.served_by()]
-    if not rows:
-        return ""
-    lines = [f"| {' | '.join(row)} |" for row in (COLUMNS, ("---",) * len(COLUMNS), *rows)]
-    return "\n".join(["", "What runs it, before anything is quantized:", "", *lines, ""])
+    rows = report.served_by()
+    return f"\nWhat runs it, before anything is quantized:\n\n{of_markdown(COLUMNS, rows)}\n" if rows else ""
 
 
 def _how_it_loads(stock: bool) -> str:

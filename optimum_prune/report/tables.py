@@ -35,8 +35,13 @@ def aligned(rows: Sequence[Sequence[str]], right: bool = False) -> str:
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A head and rows as a Markdown table."""
-    first, *rest = (f"| {' | '.join(map(escaped, row))} |" for row in (head, *rows))
+    """A head and rows as a Markdown table, which shows them as they are."""
+    return of_markdown(list(map(escaped, head)), [list(map(escaped, row)) for row in rows])
+
+
+def of_markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same of cells that are Markdown already."""
+    first, *rest = (f"| {' | '.join(row)} |" for row in (head, *rows))
     return "\n".join([first, f"|{'---|' * len(head)}", *rest])
 
 

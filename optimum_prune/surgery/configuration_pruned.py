@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import transformers
 
@@ -66,34 +66,18 @@ class LayerConfig:
         """The config of the model was looked at; a layer that was cut may be what nobody would make anew."""
 
 
-class LayerConfigs(Sequence[LayerConfig]):
-    """The configs of all layers, as caches and engines ask for them: each in the place where the cache of its attention is."""
-
-    def __init__(self, config: Any) -> None:
-        self._config = config
-
-    def __len__(self) -> int:
-        return len(self._config.pruned["own"])
-
-    @overload
-    def __getitem__(self, index: int) -> LayerConfig: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[LayerConfig]: ...
-    def __getitem__(self, index: int | slice) -> LayerConfig | Sequence[LayerConfig]:
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(len(self)))]
-        config, own = self._config, self._config.pruned["own"]
-        types = getattr(config, "layer_types", None)
-        fields = (
-            own[_swapped(own, types).get(index % len(own), index)] if -len(own) <= index < len(own) else own[index]
-        )
-        if "attention" in fields.get("without", ()):  # where a cache is made for it nevertheless, a small one
-            return LayerConfig(config, {name: 1 for name in OF_ATTENTION if hasattr(config, name)})
-        return LayerConfig(config, {name: value for name, value in fields.items() if name != "without"})
-
-
-def _swapped(own: Sequence[Mapping[str, Any]], types: Sequence[str] | None) -> dict[int, int]:
-    return swapped_caches(["attention" not in each.get("without", ()) for each in own], types)
+def layer_configs(config: Any) -> list[LayerConfig]:
+    """The configs of all layers of a pruned model, each in the place where the cache of its attention is."""
+    own = config.pruned["own"]
+    attends = ["attention" not in fields.get("without", ()) for fields in own]
+    swapped = swapped_caches(attends, getattr(config, "layer_types", None))
+    small = {name: 1 for name in OF_ATTENTION if hasattr(config, name)}  # where a cache is made nevertheless
+    found = []
+    for place in range(len(own)):
+        layer = swapped.get(place, place)
+        fields = {name: value for name, value in own[layer].items() if name != "without"}
+        found.append(LayerConfig(config, fields if attends[layer] else small))
+    return found
 
 
 def swapped_caches(attends: Sequence[bool], layer_types: Sequence[str] | None) -> dict[int, int]:
@@ -163,7 +147,7 @@ class ConfigOfPruned(OfPruned):
     @property
     def per_layer_config(self) -> Any:
         """What they find then."""
-        return LayerConfigs(self) if self.is_heterogeneous else super().per_layer_config  # type: ignore[misc]  # of the stock config
+        return layer_configs(self) if self.is_heterogeneous else super().per_layer_config  # type: ignore[misc]  # of the stock config
 
     def _update_heterogeneous_to_dict_output(self, d: dict[str, Any]) -> None:
         """`pruned` says it."""
@@ -180,8 +164,8 @@ class ConfigOfPruned(OfPruned):
             )
             check(config_dict.get("pruned"))
             around = {name: config_dict[name] for name in (*AROUND, "pruned", "auto_map") if name in config_dict}
-            neutral = {"architectures": config_dict.get("architectures"), "model_type": MODEL_TYPE}
-            config_dict = {**base, **around, **neutral}
+            around |= {"architectures": config_dict.get("architectures"), "model_type": MODEL_TYPE}
+            config_dict = {**base, **around}
         expect("pruned" in config_dict, "is missing")
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]  # of the stock config
 
@@ -195,7 +179,8 @@ class ConfigOfPruned(OfPruned):
         named, *_ = base.get("architectures") or [models["AutoModelForCausalLM"]]
         base["architectures"] = [named.removeprefix("Pruned")]
         auto_map = {auto: f"{FILES[1]}.Pruned{name}" for auto, name in models.items()}
-        plain |= {name: base[name] for name in ("dtype",) if name in base}
+        if "dtype" in base:
+            plain["dtype"] = base["dtype"]
         plain.update(base_model_type=self.base_model_type, base_config=base)
         plain |= dict.fromkeys(_stumbling(self), HOW_TO_LOAD)
         plain.update(architectures=[f"Pruned{base['architectures'][0]}"], model_type=MODEL_TYPE)
@@ -266,9 +251,14 @@ def _pruned_config(stock: type) -> type[PreTrainedConfig]:
     return type(f"Pruned{stock.__name__}", (ConfigOfPruned, stock), {"__module__": __name__})
 
 
-def __getattr__(name: str) -> Any:
-    """The classes made here, by their names: so objects of them can be pickled."""
+def stock_named(name: str, module: str) -> Any:
+    """The stock class that a class made here is called after; an AttributeError, as of any module, if there is none."""
     stock = getattr(transformers, name.removeprefix("Pruned"), None) if name.startswith("Pruned") else None
     if not isinstance(stock, type):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")  # noqa: TRY004 - as of any module
-    return pruned_config(stock)
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")  # noqa: TRY004
+    return stock
+
+
+def __getattr__(name: str) -> Any:
+    """The classes made here, by their names: so objects of them can be pickled."""
+    return pruned_config(stock_named(name, __name__))

@@ -25,6 +25,7 @@ from .configuration_pruned import (
     expect,
     pruned_config,
     stock_models,
+    stock_named,
     stock_of,
     swapped_caches,
 )
@@ -218,7 +219,5 @@ def _forget_layers(config: Any, kind: type) -> None:
 
 def __getattr__(name: str) -> Any:
     """The classes made here, by their names: so objects of them can be pickled."""
-    stock: Any = getattr(transformers, name.removeprefix("Pruned"), None) if name.startswith("Pruned") else None
-    if not isinstance(stock, type):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")  # noqa: TRY004 - as of any module
-    return pruned_model(stock, stock.config_class)  # type: ignore[attr-defined]  # of a model
+    stock = stock_named(name, __name__)
+    return pruned_model(stock, stock.config_class)

@@ -38,9 +38,11 @@ def padded(decoder: Decoder) -> Decoder:
         if name in own and own[name].shape == parameter.shape:
             parameter.copy_(own[name])
     for small, large in zip(decoder.layers, whole.layers, strict=True):
-        places = _places(large, small.shape())
-        for name, parameter in small.module.named_parameters():
-            large.module.get_parameter(name).view(-1)[places[name].flatten()] = parameter.flatten()
+        full = dict(large.module.named_parameters())
+        narrower = {name: each for name, each in small.module.named_parameters() if each.shape != full[name].shape}
+        places = _places(large, small.shape()) if narrower else {}
+        for name, parameter in narrower.items():
+            full[name].view(-1)[places[name].flatten()] = parameter.flatten()
     whole.model.eval()
     return whole
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -83,9 +83,9 @@ class Onnx(FolderPass):
         model = open_to_export(job, self.dtype)
         quantizer = _int8(model.config.get_text_config().hidden_size) if self.quantize == "int8" else None
         export(exporter, trace(model), OnnxConfig(quantizer=quantizer)).save_pretrained(job.target)
-        _forget_traces(job.target / "model.onnx")
+        graph = _without_traces(job.target / "model.onnx")
         add_companions(job, EXAMPLE)
-        plain = _for_genai(job, model.config.get_text_config(), OnnxRuntime(job.target, "cpu", self.dtype))
+        plain = _for_genai(job, model.config.get_text_config(), graph.input)
         if plain is not None:
             (job.target / "genai_config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
         return {"onnxruntime_genai": plain is not None, "dtype": self.dtype, "quantize": self.quantize}
@@ -95,14 +95,19 @@ class Onnx(FolderPass):
         return OnnxRuntime(folder, device, "int8" if self.quantize == "int8" else self.dtype)
 
 
-def _for_genai(job: Job, config: Any, runtime: OnnxRuntime) -> dict[str, Any] | None:
-    """How onnxruntime-genai runs a graph; None where it cannot: it gives every layer a cache, and all layers the same."""
-    shapes = {(each.shape[1], each.shape[3]) for each in runtime.cached}
-    if len(shapes) > 1 or len(runtime.cached) != 2 * config.num_hidden_layers:
+def _for_genai(job: Job, config: Any, given: Sequence[Any]) -> dict[str, Any] | None:
+    """How onnxruntime-genai runs a graph; None where it cannot: it gives every layer a cache, and all layers the same.
+
+    Args:
+        given: the graph's inputs.
+    """
+    cached = {each.name: each.type.tensor_type.shape.dim for each in given if ".layers." in each.name}
+    shapes = {(axes[1].dim_value, axes[3].dim_value) for axes in cached.values()}
+    if len(shapes) > 1 or len(cached) != 2 * config.num_hidden_layers:
         return None
     ((heads, size),) = shapes
-    names = [re.sub(r"(?<=layers\.)\d+", "%d", each.name) for each in runtime.cached[:2]]
-    inputs = {name: name for name in runtime.names if ".layers." not in name}
+    names = [re.sub(r"(?<=layers\.)\d+", "%d", name) for name in list(cached)[:2]]
+    inputs = {each.name: each.name for each in given if each.name not in cached}
     present = [name.replace("input.", "output.", 1) for name in names]
     ends = json.loads((job.target / "generation_config.json").read_text(encoding="utf-8"))["eos_token_id"]
     end = ends[0] if isinstance(ends, list) else ends
@@ -130,8 +135,12 @@ def _for_genai(job: Job, config: Any, runtime: OnnxRuntime) -> dict[str, Any] | 
     return {"model": model, "search": {"do_sample": False, "max_length": longest, "past_present_share_buffer": False}}
 
 
-def _forget_traces(file: Path) -> None:
-    """Takes out of a graph where in whose Python files each of its nodes comes from; that is most of the file, and tells where they lie."""
+def _without_traces(file: Path) -> Any:
+    """Takes out of a graph where in whose Python files each of its nodes comes from; that is most of the file, and tells where they lie.
+
+    Returns:
+        What is left of it, without its weights.
+    """
     onnx: Any = import_module("onnx")  # which says its types where it is installed only
     model = onnx.load(file, load_external_data=False)
     ahead = [model.graph, *model.functions]
@@ -143,6 +152,7 @@ def _forget_traces(file: Path) -> None:
         held = [attribute for node in part.node for attribute in node.attribute]
         ahead += [graph for attribute in held for graph in (attribute.g, *attribute.graphs) if graph.node]
     file.write_bytes(model.SerializeToString())
+    return model.graph
 
 
 def _int8(hidden_size: int) -> Any:

@@ -18,15 +18,15 @@ from optimum_prune.hooks.marker import hookimpl
 from optimum_prune.hooks.plugins import load
 from optimum_prune.passes.base import Pass, Stage
 from optimum_prune.passes.folder import FolderPass, Job
+from optimum_prune.selection.goals import SPEEDS
 from optimum_prune.selection.mixtures import AXIS as MEMBERS
-from optimum_prune.selection.timing import Step, Stopwatch
+from optimum_prune.selection.timing import Stopwatch
 from optimum_prune.surgery.padding import padded
 
 if TYPE_CHECKING:
     from optimum_prune.anatomy.shape import Shape
     from optimum_prune.passes.checkpoint_spec import CheckpointSpec
 
-STEPS: tuple[Step, ...] = ("prefill", "decode")
 CONTEXT = 256
 """Tokens of the prompt that both models are timed on."""
 EXAMPLE = '''"""Generates text with the model in this folder: python example.py "Once upon a time"."""
@@ -71,7 +71,7 @@ class Padded(FolderPass):
     def convert(self, job: Job) -> Mapping[str, Any]:
         """Fills up the layers, and times the model beside the one that it is made of."""
         model = load_model(job.source, device_map=job.device, trust_remote_code=job.trust_remote_code)
-        if not hasattr(model.config, "pruned"):  # layers of several kinds, each as large as its config says
+        if not hasattr(model.config, "pruned"):  # a search that might have made layers differ did not
             raise PassError(
                 f"All layers of the model are as its stock config says, so {self.name} has nothing to fill up. Leave it out."
             )
@@ -80,7 +80,7 @@ class Padded(FolderPass):
         whole = padded(decoder)
         before, after = (count_parameters(each.model).total for each in (decoder, whole))
         context = min(CONTEXT, length_limit(decoder.config) // 2)
-        times = {step: Stopwatch(decoder, step, 1, context).beside(whole)[1] for step in STEPS}
+        times = {step: Stopwatch(decoder, step, 1, context).beside(whole)[1] for step in SPEEDS.values()}
         save(whole.model, job.tokenizer(), job.target, job.progress)
         (job.target / "example.py").write_text(EXAMPLE, encoding="utf-8")
         return {"parameters": after, "times_the_parameters": after / before, "times_as_long": times}

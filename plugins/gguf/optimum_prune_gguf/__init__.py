@@ -70,6 +70,7 @@ class Gguf(FolderPass):
 
     def convert(self, job: Job) -> Mapping[str, Any]:
         """Writes the file, what reads its tokenizer, and an example."""
+        from optimum_prune.surgery.configuration_pruned import FILES
         from optimum_prune_gguf.form import context_length, form_of
         from optimum_prune_gguf.model import write
         from optimum_prune_gguf.vocabulary import find_vocabulary
@@ -90,9 +91,9 @@ class Gguf(FolderPass):
             del model
             _quantize(between, file, self.outtype)
             between.unlink()
-        for each in (job.source / "config.json", *job.source.glob("*_pruned.py")):  # the tokenizer's readers want them
-            if each.is_file():
-                shutil.copy(each, job.target)
+        for name in ("config.json", *(f"{file}.py" for file in FILES)):  # which readers of the tokenizer look for
+            if (job.source / name).is_file():
+                shutil.copy(job.source / name, job.target)
         context = context_length(config, form)
         (job.target / "example.py").write_text(EXAMPLE.format(context=min(context, 2048)), encoding="utf-8")
         return {
