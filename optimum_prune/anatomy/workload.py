@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD, LayerShape
+from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, FEED_FORWARD, LayerShape
 
 TOKENS_PER_BATCH = 2048
 """About so many tokens run through a layer at once."""
@@ -109,6 +109,11 @@ class Workload:
     def stored_states(self, count: float = 1) -> float:
         """Hidden states of all windows that are kept for later, so many times."""
         return self.in_memory(self.states(count))
+
+    def observed(self, layer: LayerShape, *blocks: str) -> float:
+        """What a visit keeps of the activations of all windows: in front of the outputs of blocks, and hidden states otherwise."""
+        widths = (layer.width(block) if block in (*blocks, FEED_FORWARD) else self.hidden for block in BLOCKS)
+        return self.in_memory(self.tokens * sum(widths) * self.itemsize)
 
     def layer(self, layer: LayerShape) -> float:
         """The weights of a layer."""

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_prune.anatomy.axis import Axis
-from optimum_prune.anatomy.shape import BLOCKS, FEED_FORWARD, LayerShape
-from optimum_prune.anatomy.workload import Workload
+from optimum_prune.anatomy.shape import BLOCKS
 from optimum_prune.calibration.stand_ins import answered_by_output, answering, silenced
 from optimum_prune.calibration.statistics import Gram
 from optimum_prune.calibration.stream import Batch, check_finite
@@ -119,11 +118,17 @@ class LayerVisit:
         stack.callback(self._call(path, hear).remove)
 
     def _observe(self, axis: Axis, add: Callable[[Tensor], None]) -> None:
-        """Observes the inputs of an axis's output, and keeps them if its block ends there."""
+        """Observes the inputs of an axis's output, and keeps them if its block ends there; what is kept already is not computed again."""
+        ends = axis.output == self.layer.output_of(axis.block)
+        if ends and axis.block in self._inputs:
+            for (batch, _), known in zip(self.stream, self._inputs[axis.block], strict=True):
+                add(batch.unpadded(known))
+                self.activations.release(known)
+            return
         self._answers.pop(axis.block, None)  # or the block would answer instead of computing them
         self._inputs.pop(axis.block, None)
         inputs = list(self.inputs_of(axis.output, add))
-        if axis.output == self.layer.output_of(axis.block):
+        if ends:
             self._inputs[axis.block] = inputs
 
     def narrow(self, axis: Axis, kept: Sequence[int]) -> None:
@@ -290,9 +295,3 @@ class LayerVisit:
         ]
         inputs = [each for kept in self._inputs.values() for each in kept[one]]
         self.activations.release(self.stream[position][1], *answers, *inputs)
-
-
-def observed_memory(work: Workload, layer: LayerShape, *blocks: str) -> float:
-    """Bytes that a visit keeps of the activations of all windows: in front of the outputs of blocks, and hidden states otherwise."""
-    widths = (layer.width(block) if block in (*blocks, FEED_FORWARD) else work.hidden for block in BLOCKS)
-    return work.in_memory(work.tokens * sum(widths) * work.itemsize)

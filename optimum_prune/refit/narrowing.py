@@ -11,7 +11,7 @@ from optimum_prune.anatomy.axis import Axis, Indices
 from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, AxisShape, LayerShape
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.statistics import Gram, gram_cost, gram_memory
-from optimum_prune.calibration.visit import LayerVisit, observed_memory
+from optimum_prune.calibration.visit import LayerVisit
 from optimum_prune.refit.elimination import Elimination, elimination_cost, eliminations, group_eliminations, refit_on
 from optimum_prune.refit.reconstruction import ProjectionTarget, fitting_cost, moved, named
 from optimum_prune.surgery.cuts import Cuts, Decision
@@ -164,7 +164,7 @@ class Narrowing:
         """What it takes to narrow the axes of one layer, besides moving the hidden states through it."""
         axes = [axis for axis in before.axes if axis.inner and after.units(axis.name) < axis.units]
         attention = [axis.block for axis in axes if axis.block == ATTENTION]
-        observed = observed_memory(work, before, *attention)
+        observed = work.observed(before, *attention)
         costs = [self._cost_along(work, axis, after.units(axis.name)) for axis in axes]
         left = sum(after.units(axis.name) * before.per_unit(axis.name) for axis in axes)
         cost = work.run(before, work.tokens).followed_by(*costs).with_memory(observed)

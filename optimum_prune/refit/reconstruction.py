@@ -19,7 +19,7 @@ from optimum_prune.anatomy.linear import Projection
 from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD, LayerShape
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.statistics import Cross, Gram, gram_cost, gram_memory, solving_device
-from optimum_prune.calibration.visit import LayerVisit, observed_memory
+from optimum_prune.calibration.visit import LayerVisit
 from optimum_prune.errors import NumericalError
 from optimum_prune.refit.elimination import Elimination
 from optimum_prune.refit.solving import cholesky, damp, solved, solver_memory
@@ -141,7 +141,7 @@ def refitting_cost(work: Workload, layer: LayerShape, *blocks: str) -> Cost:
         gram_cost(work, width).with_memory(gram_memory(work, width)).followed_by(fitting_cost(work, width))
         for width in widths
     ]
-    observed = observed_memory(work, layer, *(block for block in blocks if block == ATTENTION))
+    observed = work.observed(layer, *(block for block in blocks if block == ATTENTION))
     cost = Cost().followed_by(*fits, work.run(layer, work.tokens)).with_memory(observed)
     return Cost(**{**vars(cost), "left": work.itemsize * work.hidden * sum(widths)})
 

@@ -16,12 +16,13 @@ from optimum_prune.anatomy.shape import ATTENTION, BLOCKS, FEED_FORWARD, STATES,
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.stream import check_finite, walk_cost
 from optimum_prune.calibration.visit import LayerVisit
+from optimum_prune.machine.memory import give_back
 from optimum_prune.refit.bridging import BRIDGING
 from optimum_prune.refit.healing import gap_behind, through
 from optimum_prune.refit.narrower_states import NarrowerStates
 from optimum_prune.refit.narrowing import Narrowing
 from optimum_prune.refit.reading import reading_cost, reread
-from optimum_prune.refit.rebuilding import pool
+from optimum_prune.refit.rebuilding import pool, rebuilding_cost
 from optimum_prune.refit.reconstruction import refitted, refitting_cost
 from optimum_prune.refit.solving import OfMedian
 from optimum_prune.selection.measures import cuts_of
@@ -56,6 +57,11 @@ class Repairs:
     reading_damping: float = OfMedian(0.02)
     rebuild: bool = True
     """Whether an FFN in front of a gap has the units of those that go to choose from."""
+
+    def for_rebuilding(self) -> Narrowing:
+        """How the units of a rebuilt FFN are chosen."""
+        step = max(TOGETHER, self.narrowing.step)
+        return replace(self.narrowing, damping=BRIDGING, correction=1.0, step=step)
 
     def quicker(self, step: int) -> Repairs:
         """What tells which of some models is best: no fewer units are removed before the rest are ranked anew, and what is read stays."""
@@ -206,24 +212,27 @@ class _Layer:
         goal = LayerVisit(
             self.visit.layer, [(batch, states) for (batch, _), states in zip(self.visit.stream, far, strict=True)]
         )
-        narrowing = replace(repairs.narrowing, damping=BRIDGING, correction=1.0)
-        found = pool(self.dense, self.hidden, self.visit, gap) if gap and repairs.rebuild else None
+        found = pool(self.dense, self.hidden, self.visit, gap, gone) if gap and repairs.rebuild else None
         if found is None:
+            narrowing = replace(repairs.narrowing, damping=BRIDGING, correction=1.0)
             yield from narrowing.of_block(self.visit, self.calibration, FEED_FORWARD, shapes, goal)
             return
-        found.visit.leave_out(gone)
-        narrowing = replace(narrowing, step=max(TOGETHER, narrowing.step))
-        decide = partial(found.decision, shapes[1].units(found.axis.name), narrowing, goal)
+        decide = partial(found.decision, shapes[1].units(found.axis.name), repairs.for_rebuilding(), goal)
+        give_back()  # a pool's activations and grams are the largest there are
         yield from self._once("rebuilt FFN", decide)
+        del found, decide
+        give_back()
         self.visit.forget(FEED_FORWARD)
 
 
 def bringing_cost(work: Workload, shape: Shape, wanted: Wanted, repairs: Repairs) -> Cost:
     """What `brought_to` takes."""
     costs = [STATES_NARROWING.cost(work, shape)] if wanted.states < shape.rest.units(STATES) else []
-    for before, after in zip(shape.layers, wanted.layers, strict=True):
+    for index, (before, after) in enumerate(zip(shape.layers, wanted.layers, strict=True)):
         if after is None:
             continue
+        if repairs.rebuild and (gone := len(wanted.gap_behind(index))):
+            costs.append(rebuilding_cost(work, before, after, gone, repairs.for_rebuilding()))
         if after.units(WHOLE) < before.units(WHOLE):
             costs.append(seeing_cost(work, before))
         reading = reading_cost(work).times(len(BLOCKS) if repairs.reading else 0)

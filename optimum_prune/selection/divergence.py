@@ -11,7 +11,6 @@ import torch
 from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD, Shape
 from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.stream import Batch, logits, run_layers
-from optimum_prune.calibration.visit import observed_memory
 from optimum_prune.evaluation.losses import Reference, losses_cost
 from optimum_prune.machine import processes
 from optimum_prune.surgery.operation import changed_layer
@@ -128,6 +127,6 @@ def trial_cost(
         copies = count * (fitted.layer(layer) + fitted.itemsize * fitted.hidden * layer.width(FEED_FORWARD))
         runs = few.run_all(behind, few.tokens, count)
         runs = runs.followed_by(losses_cost(few, few.tokens / STRIDE, few.length, count))
-        observed = observed_memory(fitted, layer, ATTENTION)
+        observed = fitted.observed(layer, ATTENTION)
         costs += [cost.times(number), runs.with_memory(copies + observed)]
     return replace(Cost().followed_by(*costs), left=0.0)

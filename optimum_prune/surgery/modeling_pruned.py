@@ -40,8 +40,9 @@ class Nothing(nn.Module):
     puts_out_nothing = True
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros."""
-        return torch.zeros_like(args[0] if args else kwargs["hidden_states"])
+        """Zeros; while training, such that the norm in front has gradients, of zeros: distributed training waits for those of all parameters."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return hidden * 0 if hidden.requires_grad and torch.is_grad_enabled() else torch.zeros_like(hidden)
 
 
 class NoAttention(Nothing):

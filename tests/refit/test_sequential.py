@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from optimum_prune import Calibration, Cuts, Decision, Decoder
 from optimum_prune import testing as conformance
 from optimum_prune.anatomy.shape import ATTENTION, FEED_FORWARD
+from optimum_prune.refit import rebuilding
 from optimum_prune.refit.narrowing import Narrowing
 from optimum_prune.refit.rebuilding import pool
 from optimum_prune.refit.sequential import Repairs, Wanted, brought_to
@@ -124,8 +125,9 @@ def test_an_ffn_in_front_of_a_gap_is_better_with_the_units_of_those_that_go(name
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gemma3"])
-def test_a_pool_computes_what_the_ffns_compute_together_from_the_same_hidden_states(name, decoder):
+def test_a_pool_computes_what_the_ffns_compute_together_from_the_same_hidden_states(name, decoder, monkeypatch):
     """With all of its units, a widened FFN puts out the sum of what the others put out if each were in its place."""
+    monkeypatch.setattr(rebuilding, "AMONG", 3)
     windows = tiny.windows(3)
     visit = next(each for each in Calibration(windows).walk(decoder, "") if each.index == 1)
     found = pool(decoder, decoder.hidden(), visit, [2, 3])
@@ -150,6 +152,23 @@ def test_a_pool_computes_what_the_ffns_compute_together_from_the_same_hidden_sta
         bias = getattr(layer.module.mlp.down_proj, "bias", None)
         outputs.append(heard[0] if bias is None else heard[0] - bias)
     assert_close(outputs[3], outputs[0] + outputs[1] + outputs[2], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_of_a_longer_gap_twice_as_many_units_are_in_the_pool_those_that_add_most(name, decoder, monkeypatch):
+    windows = tiny.windows(3)
+    visit = next(each for each in Calibration(windows).walk(decoder, "") if each.index == 1)
+    some = pool(decoder, decoder.hidden(), visit, [2, 3])
+    monkeypatch.setattr(rebuilding, "AMONG", 3)
+    every = pool(decoder, decoder.hidden(), visit, [2, 3])
+    own, output = some.own, decoder.layer(1).output_of(FEED_FORWARD).rpartition(".")[0]
+    assert (some.axis.units, every.axis.units) == (2 * own, 3 * own)
+    inputs = torch.cat([batch.flatten(0, -2) for batch in every.visit.inputs_of(every.axis.output)]).double()
+    weight = every.visit.layer.part(output).weight.double()
+    added = torch.stack([(inputs[:, [unit]] @ weight[:, [unit]].T).norm() for unit in range(3 * own)])
+    best = added.topk(2 * own).indices.sort().values
+    assert_close(some.visit.layer.part(output).weight, every.visit.layer.part(output).weight[:, best])
+    assert some.of_own == int((best < own).sum())
 
 
 def test_gaps_and_cuts_are_read_off_what_is_wanted():

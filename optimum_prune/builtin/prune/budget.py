@@ -28,9 +28,10 @@ from optimum_prune.passes.prune import PrunePass
 from optimum_prune.refit.finalists import measured, measuring_cost
 from optimum_prune.refit.narrowing import Narrowing
 from optimum_prune.refit.pricing import priced, prices_told, pricing_cost
+from optimum_prune.refit.rebuilding import rebuilding_cost
 from optimum_prune.refit.sequential import STATES_NARROWING, Repairs, Wanted, bringing_cost, brought_to
 from optimum_prune.refit.solving import OfMedian
-from optimum_prune.selection.allowed import BLOCKS, Allowed
+from optimum_prune.selection.allowed import BLOCKS, LAYERS, Allowed
 from optimum_prune.selection.goals import SPEEDS, Goal
 from optimum_prune.selection.kinds import TextKinds, held_out_work, read_tasks
 from optimum_prune.selection.limits import Limit
@@ -174,6 +175,9 @@ class Budget(Limit, PrunePass):
             costs.append(STATES_NARROWING.cost(fitted, shape).times(STATES_TRIED))
         if self._finalists > 1:
             costs.append(measuring_cost(fitted_less, few, shape, wanted, quick).times(self._finalists))
+        if self.rebuild and self._allowed.allows(LAYERS):  # the same of every gap, whichever it is
+            left = next(layer for layer in wanted.layers if layer is not None)
+            costs.append(rebuilding_cost(both, shape.layers[0], left, 1, self._repairs.for_rebuilding()))
         return Cost().followed_by(*costs, bringing_cost(both, shape, wanted, self._repairs))
 
     def _evenly(self, shape: Shape) -> list[LayerShape | None]:
