@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from optimum_prune.cli.arguments import add_flag, check_flags
+from optimum_prune.cli.arguments import add_flag, check_flags, flags_of
 from optimum_prune.errors import PluginError, RecipeError
 from optimum_prune.options import as_plain, build, check_options, option, options_of
 
@@ -259,3 +259,12 @@ def test_a_name_that_another_flag_has_is_refused(names, clashing):
         return
     with pytest.raises(PluginError, match=f"option '{clashing}' is called like another flag"):
         check_flags(odd, {"seed", "run"})
+
+
+def test_where_every_command_has_a_flag_of_that_name_a_pass_puts_its_own_in_front():
+    fields = [(name, str, option("Odd.", "")) for name in ("dtype", "width")]
+    odd = make_dataclass("Odd", fields, frozen=True, kw_only=True, namespace={"name": "to-disk"})
+    assert {flag: each.name for flag, each in flags_of(odd, {"dtype"}).items()} == {
+        "to_disk_dtype": "dtype",
+        "width": "width",
+    }

@@ -60,6 +60,16 @@ def check_flags(step: type, taken: Collection[str]) -> None:
             )
 
 
+def flags_of(step: type, taken: Collection[str]) -> dict[str, Option]:
+    """The options of a pass by their flags: where every command has a flag of that name, with the pass's in front.
+
+    Args:
+        taken: the names of those that every command has.
+    """
+    own = f"{getattr(step, 'name', '')}_".replace("-", "_")
+    return {own + name if name in taken else name: each for name, each in options_of(step).items()}
+
+
 class _Once(argparse.Action):
     """Keeps the value of a flag, and refuses another one for the same."""
 

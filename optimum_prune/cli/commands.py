@@ -27,7 +27,7 @@ from optimum_prune.machine.mapped_weights import MappedWeights
 from optimum_prune.machine.memory import free_memory
 from optimum_prune.machine.progress import Progress
 from optimum_prune.machine.streams import NotPrintedError, say
-from optimum_prune.options import build, options_of
+from optimum_prune.options import build
 from optimum_prune.passes.folder import FolderPass
 from optimum_prune.plan.forecast import forecast
 from optimum_prune.plan.source import ModelSource, device_of, open_source
@@ -41,14 +41,15 @@ from optimum_prune.text.text import Text
 from optimum_prune.text.windows import Windows
 
 
-def prune(arguments: argparse.Namespace, plugins: Plugins) -> None:
-    """`prune METHOD`: a recipe of one pass, or several of one pass each."""
+def one_pass(arguments: argparse.Namespace, plugins: Plugins) -> None:
+    """`prune METHOD`, `compress quantize METHOD`, `compress export METHOD`: a recipe of one pass, or several of one pass each."""
     step = arguments.pass_class
-    options = given(arguments, {name: name for name in options_of(step)})
     recipes = {
         name: overridden(Recipe(passes=(build(step, each, f"pass '{step.name}'"),)), arguments)
-        for name, each in each_by_itself(step, options, arguments.output).items()
+        for name, each in each_by_itself(step, given(arguments, arguments.flags), arguments.output).items()
     }
+    for recipe in recipes.values():
+        check_environment(*recipe.passes)
     if len(recipes) == 1:
         _compress(next(iter(recipes.values())), arguments)
     else:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 from optimum_prune.cli.endings import Ending, debugging
-from optimum_prune.cli.parsing import methods_of, not_to_be_used, parser_for
+from optimum_prune.cli.parsing import METHODS, methods_of, not_to_be_used, parser_for
 from optimum_prune.errors import PluginError, printable, unknown
 from optimum_prune.hooks.plugins import Plugins, load
 from optimum_prune.machine import interrupts, processes, streams
@@ -49,9 +49,12 @@ def _main(arguments: Sequence[str], out: TextIO, ending: Ending) -> int:
 
 def _check_method(arguments: Sequence[str], plugins: Plugins, left_out: Mapping[str, str]) -> None:
     """Refuses a method that nobody provides, naming the nearest, which argparse does not; and one that cannot be used."""
-    method = arguments[1] if arguments[:1] == ["prune"] and arguments[1:] else "-"
-    if method in left_out:
-        raise PluginError(left_out[method])
-    methods = methods_of(plugins)
-    if not method.startswith("-") and method not in methods:
-        raise PluginError(unknown("method", method, methods, "Installed"))
+    for command, stage in METHODS.items():
+        if tuple(arguments[: len(command)]) != command or len(arguments) == len(command):
+            continue
+        method = arguments[len(command)]
+        if method in left_out:
+            raise PluginError(left_out[method])
+        methods = methods_of(plugins, stage)
+        if not method.startswith("-") and method not in methods:
+            raise PluginError(unknown("method", method, methods, "Installed"))

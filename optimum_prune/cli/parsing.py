@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn, TextIO
 
 from optimum_prune.cli import commands
-from optimum_prune.cli.arguments import add_flag, attributes, check_flags
+from optimum_prune.cli.arguments import add_flag, attributes, check_flags, flags_of
 from optimum_prune.cli.flags import add_common, add_debug, add_evaluation, add_output
 from optimum_prune.errors import PluginError, cut, meant, printable
 from optimum_prune.hooks.plugins import Plugins
 from optimum_prune.machine import processes
-from optimum_prune.options import options_of
 from optimum_prune.passes.base import Pass, Stage
 
 LONGEST = 1000
 """Characters of an error."""
+METHODS = {("prune",): Stage.PRUNE, ("compress", "quantize"): Stage.QUANTIZE, ("compress", "export"): Stage.EXPORT}
+"""The commands that carry out one pass, and the stage of those that each does."""
+DESCRIBED = {
+    Stage.PRUNE: "Prune a language model with one method.",
+    Stage.QUANTIZE: "Quantize a checkpoint, pruned or not, with one method.",
+    Stage.EXPORT: "Write a checkpoint, pruned or not, in the form that a runtime reads.",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,34 +78,51 @@ def parser_for(program: str, plugins: Plugins, out: TextIO, left_out: Mapping[st
     """
     parser = Parser(out, prog=program)
     top = parser.add_subparsers(metavar="COMMAND")
-    methods = {name: step for name, step in methods_of(plugins).items() if name not in left_out}
-    _add_prune(top.add_parser("prune", help="Prune a model with one method."), methods)
-    _add_compress(top.add_parser("compress", help="Run, plan and evaluate recipes."))
+    below = {
+        "prune": top.add_parser("prune", help="Prune a model with one method."),
+        "compress": top.add_parser("compress", help="Run, plan and evaluate recipes; quantize and export."),
+    }
+    actions, taken = _add_compress(below["compress"]), _taken(out)
+    for command, stage in METHODS.items():
+        methods = {name: step for name, step in methods_of(plugins, stage).items() if name not in left_out}
+        last = command[-1]
+        _add_methods(below.get(last) or actions.add_parser(last, help=DESCRIBED[stage]), stage, methods, taken)
     return parser
 
 
-def methods_of(plugins: Plugins) -> dict[str, type[Pass]]:
-    """The passes that `prune` carries out."""
-    return {name: step for name, step in sorted(plugins.passes.items()) if step.stage is Stage.PRUNE}
+def methods_of(plugins: Plugins, stage: Stage) -> dict[str, type[Pass]]:
+    """The passes that the command of a stage carries out."""
+    return {name: step for name, step in sorted(plugins.passes.items()) if step.stage is stage}
 
 
 def not_to_be_used(plugins: Plugins, out: TextIO) -> dict[str, str]:
     """The passes whose options cannot be given, with a sentence that says why; the others go on working."""
-    with_all_flags = Parser(out)
-    add_output(with_all_flags)
-    add_common(with_all_flags)
-    with_all_flags.set_defaults(run=None, pass_class=None, together=None, out=None)
+    taken = _taken(out)
     found = {}
     for name, step in plugins.passes.items():
         try:
-            check_flags(step, attributes(with_all_flags) if step.stage is Stage.PRUNE else ())
+            check_flags(step, taken if step.stage is Stage.PRUNE else ())
         except PluginError as error:
             found[name] = f"The pass '{name}' of {plugins.providers[name].distribution} is left out. {error}"
     return found
 
 
-def _add_prune(parser: Any, methods: Mapping[str, type[Pass]]) -> None:
-    parser.description = "Prune a language model with one method."
+def _taken(out: TextIO) -> set[str]:
+    """What every command that carries out one pass has flags or values for."""
+    with_all_flags = Parser(out)
+    add_output(with_all_flags)
+    add_common(with_all_flags)
+    with_all_flags.set_defaults(run=None, pass_class=None, flags=None, together=None, out=None)
+    return attributes(with_all_flags)
+
+
+def _add_methods(parser: Any, stage: Stage, methods: Mapping[str, type[Pass]], taken: Collection[str]) -> None:
+    """A command below this one for each method.
+
+    Args:
+        taken: what the flags are called that all of them have.
+    """
+    parser.description = DESCRIBED[stage]
     below = parser.add_subparsers(metavar="METHOD", title="methods")
     for name, step in methods.items():
         described = step.__doc__ or ""
@@ -106,15 +130,18 @@ def _add_prune(parser: Any, methods: Mapping[str, type[Pass]]) -> None:
             described = described.replace("%", "%%")
         method = below.add_parser(name, help=step.summary().replace("%", "%%"), description=described)
         options = method.add_argument_group(f"options of {name}")
-        for option in options_of(step).values():
-            add_flag(option, options, once=True)
+        flags = flags_of(step, taken)
+        for flag, option in flags.items():
+            add_flag(replace(option, name=flag), options, once=True)
         add_output(method)
         add_common(method, model_required=True)
-        method.set_defaults(run=commands.prune, pass_class=step, together=True)
+        names = {flag: option.name for flag, option in flags.items()}
+        method.set_defaults(run=commands.one_pass, pass_class=step, flags=names, together=True)
 
 
-def _add_compress(parser: Any) -> None:
-    parser.description = "Run, plan and evaluate compression recipes."
+def _add_compress(parser: Any) -> Any:
+    """Those of its commands that take a recipe, or nothing; returns where others can be added."""
+    parser.description = "Run, plan and evaluate compression recipes; quantize and export."
     actions = parser.add_subparsers(metavar="ACTION", title="actions")
 
     run = actions.add_parser("run", help="Carry out a recipe.")
@@ -145,3 +172,4 @@ def _add_compress(parser: Any) -> None:
     families.set_defaults(run=commands.families, together=False)
     for parser in (passes, families):
         add_debug(parser)
+    return actions

@@ -8,6 +8,7 @@ import sys
 import pytest
 import tiny
 from command_line import MODULE, OPTIMUM_CLI, common, names, one_sentence, process, recipe_file
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from optimum_prune import Osscar, Pruner, Text
@@ -205,7 +206,10 @@ def test_passes_and_families_are_listed(cli):
 
 @pytest.mark.parametrize(
     "command",
-    ["prune", "prune depth", "prune osscar", "compress", "compress run", "compress plan", "compress evaluate"],
+    [
+        *("prune", "prune depth", "prune osscar", "compress", "compress run", "compress plan", "compress evaluate"),
+        *("compress quantize", "compress export", "compress export padded"),
+    ],
 )
 def test_help_helps(command, cli):
     code, out, error = cli(*command.split(), "--help")
@@ -237,3 +241,41 @@ def test_help_imports_no_model_library():
         sys.executable, "-c", code + "print([m for m in ('transformers', 'datasets', 'optimum') if m in sys.modules])"
     )
     assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
+
+
+def test_a_checkpoint_whose_layers_differ_is_exported_by_a_command(cli, llama, text_file, work):
+    flags = ["--ratio", 0.25, "--protect", 0, "--multiple-of", 8]
+    code, _, error = cli("prune", "osscar", *flags, "--output", work / "uneven", *common(llama, text_file))
+    assert (code, error) == (0, "")
+    code, out, error = cli(
+        "compress",
+        "export",
+        "padded",
+        "--tolerance",
+        1e-5,
+        "--output",
+        work / "out",
+        *common(work / "uneven", text_file),
+    )
+    assert (code, error) == (0, "")
+    assert "in padded/" in out
+    stock = AutoModelForCausalLM.from_pretrained(work / "out" / "padded")
+    assert type(stock).__name__ == "LlamaForCausalLM"
+    uneven = AutoModelForCausalLM.from_pretrained(work / "uneven")
+    windows = tiny.windows(2)
+    assert_close(stock(windows.tokens).logits, uneven(windows.tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        (["export", "paded"], "No method is called 'paded'. Did you mean 'padded'?"),
+        (["quantize", "padded"], "No method is called 'padded'."),
+    ],
+    ids=str,
+)
+def test_a_method_of_another_stage_or_of_none_is_no_method(command, why, cli, llama, text_file, work):
+    code, _, error = cli("compress", *command, "--output", work / "out", *common(llama, text_file))
+    assert code == 1
+    assert why in error
+    one_sentence(error)
