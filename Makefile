@@ -43,8 +43,8 @@ check-plugins: $(ALL)/ready
 	$(ALL)/bin/python -m pytest plugins -n 2
 
 # All of the plugins, with the engines that take minutes.
-test-engines: $(ALL)/ready $(LLM_COMPRESSOR)/ready $(VLLM)/ready
-	OPTIMUM_PRUNE_PYTHON_VLLM=$(CURDIR)/$(VLLM)/bin/python $(ALL)/bin/python -m pytest tests/engines -m ""
+test-engines: $(ALL)/ready $(LLM_COMPRESSOR)/ready $(VLLM)/ready $(QUALITY)/ready
+	OPTIMUM_PRUNE_PYTHON_VLLM=$(CURDIR)/$(VLLM)/bin/python OPTIMUM_PRUNE_PYTHON_TOOLS=$(CURDIR)/$(QUALITY)/bin/python $(ALL)/bin/python -m pytest tests/engines -m ""
 	OPTIMUM_PRUNE_PYTHON_LLM_COMPRESSOR=$(CURDIR)/$(LLM_COMPRESSOR)/bin/python $(ALL)/bin/python -m pytest plugins -m "" -n 2 --dist loadfile
 
 # Tests, conformance and one export, on tiny models. With UV_TORCH_BACKEND=cpu, torch comes without what GPUs need, from its own index.
@@ -103,10 +103,11 @@ $(ALL)/ready: pyproject.toml constraints.txt plugins/constraints.txt $(wildcard 
 		--editable 'plugins/onnx[genai]' --editable 'plugins/openvino[genai]'
 	touch $@
 
+# What others measure and train models with.
 $(QUALITY)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(QUALITY)
 	$(QUALITY)/bin/python -m pip install --quiet --constraint constraints.txt $(TORCH)
-	$(QUALITY)/bin/python -m pip install --quiet --constraint constraints.txt --editable . 'lm-eval[hf]==0.4.13'
+	$(QUALITY)/bin/python -m pip install --quiet --constraint constraints.txt --editable . 'lm-eval[hf]==0.4.13' trl==1.16.0
 	touch $@
 
 # vLLM's build for CPUs. It runs language models without what torch has for images and sound, of which other builds may come along.

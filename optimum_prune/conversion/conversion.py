@@ -96,10 +96,10 @@ def convert(step: FolderPass, job: Job) -> Evidence:
 
 
 def _complete(step: FolderPass, job: Job) -> None:
-    """Puts the tokenizer beside what a pass wrote, where it wrote none; makes a checkpoint one that transformers 4 reads too, with its companions."""
+    """Puts the tokenizer beside what a pass wrote, where it wrote none; makes a checkpoint, exported ones too, one that transformers 4 reads too, with its companions."""
     if (job.source / TOKENIZER).is_file() and not (job.target / TOKENIZER).is_file():
         job.tokenizer().save_pretrained(job.target)
-    if step.stage.makes_checkpoint and (job.target / CONFIG).is_file():
+    if (step.stage.makes_checkpoint or step.exports_checkpoint) and (job.target / CONFIG).is_file():
         names = sorted(entry.name for entry in job.source.iterdir() if entry.is_file())
         carry(companions_of(names, job.source.joinpath, code=True), job.target)
         add_older_fields(job.target)

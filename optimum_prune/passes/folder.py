@@ -73,6 +73,9 @@ class FolderPass(Pass):
     takes_experts: ClassVar[bool] = True
     """Whether it converts the experts of a mixture too, whose weights transformers keep in one tensor."""
 
+    exports_checkpoint: ClassVar[bool] = False
+    """Whether what it exports is a checkpoint as well, with all that belongs beside one."""
+
     python: str | None = option("Interpreter that runs this pass, if its libraries need another environment.", None)
     tolerance: float | None = option(
         "How far logits may be from those before this pass, relative to their spread; beyond it the run fails.",

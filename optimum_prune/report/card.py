@@ -15,6 +15,14 @@ PLAIN = re.compile(r"[\w.+@ -]+")
 """Names that can stand in Markdown as they are."""
 
 COLUMNS = ("engine", "run with", "how")
+PASSES = """
+Passes are of optimum-prune, and write what they are named after beside a copy of this model, in `OUT/gguf` for example:
+
+```bash
+pip install "optimum-prune[gguf]"
+optimum-cli compress export gguf --model path/to/this/folder --text any.txt --output OUT
+```
+"""
 
 
 def model_card(report: Report, recipe: str) -> str:
@@ -65,7 +73,7 @@ def _header(model: str) -> str:
 def _who_serves(report: Report) -> str:
     """A table of what runs such models; nothing where that is not known."""
     rows = report.served_by()
-    return f"\nWhat runs it, before anything is quantized:\n\n{of_markdown(COLUMNS, rows)}\n" if rows else ""
+    return f"\nWhat runs it, before anything is quantized:\n\n{of_markdown(COLUMNS, rows)}\n{PASSES}\n" if rows else ""
 
 
 def _how_it_loads(stock: bool) -> str:

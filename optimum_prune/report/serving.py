@@ -45,7 +45,7 @@ ENGINES = (
             "`vllm serve FOLDER`",
             "`vllm serve FOLDER --trust-remote-code`, through its Transformers backend",
         ),
-        *(frozenset({"llama"}), VLLM),
+        *(VLLM, VLLM),
     ),
     Engine(
         *("llama.cpp", "llama-cpp-python 0.3.36", "a file by the pass `gguf`", "a file by the pass `gguf`"),

@@ -107,6 +107,18 @@ def test_prompts_in_pieces_beams_and_lookups_give_what_no_cache_gives(uneven, as
     assert torch.equal(model.generate(tokens, **asked), model.generate(tokens, **plain, use_cache=False))
 
 
+@pytest.mark.parametrize("name", ["llama"])
+def test_a_pipeline_writes_what_the_model_writes(uneven):
+    model, folder = uneven
+    tiny.tokenizer().save_pretrained(folder)
+    write = transformers.pipeline("text-generation", str(folder))
+    text = tiny.text(8)
+    tokens = write.tokenizer(text, return_tensors="pt").input_ids
+    asked = {"max_new_tokens": 6, "do_sample": False}
+    expected = write.tokenizer.decode(model.generate(tokens, **asked)[0, tokens.shape[1] :], skip_special_tokens=True)
+    assert write(text, return_full_text=False, **asked)[0]["generated_text"] == expected
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_shorter_prompts_of_a_batch_are_padded(uneven):
     model, _ = uneven

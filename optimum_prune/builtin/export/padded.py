@@ -48,6 +48,7 @@ class Padded(FolderPass):
 
     name: ClassVar[str] = "padded"
     stage: ClassVar[Stage] = Stage.EXPORT
+    exports_checkpoint: ClassVar[bool] = True
     takes_heterogeneous: ClassVar[bool] = True
     usual_tolerance: ClassVar[float] = 0.05
     """In bfloat16, kernels round sums of more terms otherwise, even where those are zero; in float32 nothing differs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,12 +27,12 @@ UNEVEN = Osscar(ratio=0.5, head_ratio=0.5, protect=(0, 3))
 def padded(checkpoints, text_file, tmp_path):
     """Pruning passes -> the folder of a run that ends with `padded`, and what the report says of it."""
 
-    def run(*steps, name="llama"):
+    def run(*steps, name="llama", model=None):
         recipe = Recipe(
             passes=(*steps, Padded()),
             calibration=Text(text=str(text_file), samples=8, length=32),
             evaluation=Text(samples=2),
-            settings=Settings(model=str(checkpoints(name)), device="cpu"),
+            settings=Settings(model=str(model or checkpoints(name)), device="cpu"),
         )
         compress(recipe, tmp_path / "out")
         report = json.loads((tmp_path / "out" / "compression" / "report.json").read_text())
@@ -53,6 +54,14 @@ def test_beside_the_model_lies_a_stock_one_that_computes_the_same(padded, steps)
     assert evidence["parameters"] == counts[1] > counts[0]
     assert evidence["times_the_parameters"] == pytest.approx(counts[1] / counts[0])
     assert set(evidence["times_as_long"]) == {"prefill", "decode"}
+
+
+def test_what_lies_beside_the_weights_comes_along(checkpoints, padded, tmp_path):
+    source = shutil.copytree(checkpoints("llama"), tmp_path / "source")
+    (source / "LICENSE").write_text("As you like.")
+    folder, _ = padded(UNEVEN, model=source)
+    assert (folder / "padded" / "LICENSE").read_text() == "As you like."
+    assert "rope_theta" in json.loads((folder / "padded" / "config.json").read_text()), "transformers 4 reads it there"
 
 
 def test_its_example_runs_without_this_package(padded):
