@@ -64,6 +64,7 @@ ENGINES = (
         "a graph by the pass `openvino`, with OpenVINO GenAI too",
         "a graph by the pass `openvino`, with OpenVINO GenAI too",
     ),
+    Engine("lm-eval", "0.4.13", "as it is", "with `--model_args pretrained=FOLDER,trust_remote_code=True`"),
     Engine("trl", "1.16", "as it is", "with `trust_remote_code=True`, or after `import optimum_prune`"),
     Engine("PEFT", "0.21", "as it is", "with `target_modules`, unless PEFT is imported before the model is loaded"),
 )

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from optimum_prune_gguf import Gguf
+from optimum_prune_gguf.form import FORMS, LIKE_LLAMA
 from transformers import AutoTokenizer
 
 from optimum_prune import Cuts, Decision, Progress, load_model
@@ -16,6 +17,7 @@ from optimum_prune.anatomy.decoder import Decoder
 from optimum_prune.checkpoint import saving
 from optimum_prune.errors import RecipeError, VerificationError
 from optimum_prune.options import build
+from optimum_prune.report.serving import ENGINES
 from optimum_prune.surgery import config, operation
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:llama_cpp.*")
@@ -211,6 +213,11 @@ def test_heterogeneous_layers_of_other_architectures_are_refused(tmp_path, plugi
     saving.save(decoder.model, tiny.tokenizer(), tmp_path / "source", Progress())
     with pytest.raises(RecipeError, match="has no form of 'qwen3' for that"):
         Gguf().check(spec_of(tmp_path / "source"))
+
+
+def test_report_and_card_foretell_which_architectures_can_be_written():
+    (engine,) = (each for each in ENGINES if each.name == "llama.cpp")
+    assert (engine.of_stock, engine.of_differing) == (set(FORMS), set(LIKE_LLAMA))
 
 
 def test_an_unknown_type_is_refused():
