@@ -62,8 +62,8 @@ def refuse_quantized(config: Mapping[str, Any], model: str) -> None:
             else quantization
         )
         raise CheckpointError(
-            f"{model} is already quantized ({method}): its weights are packed and cannot be cut exactly. Prune the unquantized "
-            f"checkpoint, and quantize as a later pass of the recipe; or if they are not packed, take 'quantization_config' out of its config.json."
+            f"{model} is already quantized ({method}): its weights are packed, and nothing can be done with them exactly. Take the "
+            f"unquantized checkpoint, and quantize last; or if they are not packed, take 'quantization_config' out of its config.json."
         )
 
 

@@ -9,7 +9,7 @@ from typing import TextIO
 from optimum_prune.cli.endings import Ending, debugging
 from optimum_prune.cli.parsing import METHODS, methods_of, not_to_be_used, parser_for
 from optimum_prune.errors import PluginError, printable, unknown
-from optimum_prune.hooks.plugins import Plugins, load
+from optimum_prune.hooks.plugins import Plugins, extras, load
 from optimum_prune.machine import interrupts, processes, streams
 
 
@@ -56,5 +56,15 @@ def _check_method(arguments: Sequence[str], plugins: Plugins, left_out: Mapping[
         if method in left_out:
             raise PluginError(left_out[method])
         methods = methods_of(plugins, stage)
-        if not method.startswith("-") and method not in methods:
-            raise PluginError(unknown("method", method, methods, "Installed"))
+        if method.startswith("-") or method in methods:
+            continue
+        if method in extras():
+            plugins.pass_named(method)  # or the sentence that says what brings it
+        if method in plugins.passes:
+            other = next(
+                (" ".join(words) for words, its in METHODS.items() if its is plugins.passes[method].stage), ""
+            )
+            raise PluginError(
+                f"'{method}' is no method of {' '.join(command)}. Use {other or 'a recipe, with compress run'}."
+            )
+        raise PluginError(unknown("method", method, methods, "Installed"))

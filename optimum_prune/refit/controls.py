@@ -257,8 +257,8 @@ def told(found: Mapping[str, float], windows: int, *, trained: bool = False) -> 
         f"{found['chosen']:,.2f} as chosen, {found['random']:,.2f} at random, {found['magnitude']:,.2f} by magnitude"
     )
     better = [name for name in OTHERS if not found["chosen"] < found[name]]
-    untrained = ", without any training," if trained else ""
-    line = f"the same cut{untrained} on {windows} window{'' if windows == 1 else 's'}: perplexity {figures}"
+    untrained = ", without any training," if trained else ","
+    line = f"the choice alone{untrained} refitted on little, on {windows} window{'' if windows == 1 else 's'}: perplexity {figures}"
     if not better:
         return line
     return f"{line}; so the choice is no better than {' or '.join('chance' if name == 'random' else name for name in better)} there"

@@ -9,6 +9,7 @@ twice as many units as it has, those that add most by themselves, so that memory
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from optimum_prune.anatomy.workload import Cost, Workload
 from optimum_prune.calibration.statistics import SquaredNorms
 from optimum_prune.calibration.visit import LayerVisit
 from optimum_prune.refit.projecting import norms_behind, read_behind
-from optimum_prune.surgery.cuts import Cuts, Decision
+from optimum_prune.surgery.cuts import Cuts, Decision, ranges
 from optimum_prune.surgery.operation import keep, local_members, with_units_of
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ class Pool:
     axis: Axis
     own: int
     """How many units the layer has itself."""
-    of_own: int
-    """How many of those to choose from, the first, are its own."""
+    origins: Sequence[tuple[int, int]]
+    """Of each unit to choose from, the layer that it is of and its number there."""
 
     def decision(self, size: int, narrowing: Narrowing, goal: LayerVisit) -> Decision:
         """How the FFN is rebuilt from so many of the units.
@@ -63,8 +64,13 @@ class Pool:
         values = {member.path: layer.module.get_parameter(member.path).detach() for member in self.axis.members}
         weights = {**layer.named(values), **made.weights}
         cuts = Cuts() if size == self.own else Cuts.along(self.axis.name, {index: tuple(range(size))})
-        theirs = sum(unit >= self.of_own for unit in kept)  # type: ignore[operator]  # of one group
-        evidence = {**made.evidence, "rebuilt": index, "from_layers_that_go": theirs}
+        of_layers = defaultdict[int, list[int]](list)
+        for unit in kept:
+            of, number = self.origins[unit]  # type: ignore[index]  # of one group
+            of_layers[of].append(number)
+        theirs = len(kept) - len(of_layers[index])
+        units = {str(of): ranges(numbers) for of, numbers in sorted(of_layers.items())}
+        evidence = {**made.evidence, "rebuilt": index, "from_layers_that_go": theirs, "units_of_layers": units}
         return Decision(cuts, weights, evidence)  # type: ignore[arg-type]  # tensors, as they were given
 
 
@@ -97,7 +103,8 @@ def pool(
     wide.leave_out(lacking)
     best = _most_by_themselves(wide, axis.name, AMONG * axis.units)
     keep(wide.layer.module, wide.layer.axes[axis.name], best)
-    return Pool(wide, wide.layer.axes[axis.name], axis.units, sum(unit < axis.units for unit in best))
+    numbers = [(each, number) for each in (layer.index, *gone) for number in range(axis.units)]
+    return Pool(wide, wide.layer.axes[axis.name], axis.units, [numbers[unit] for unit in best])
 
 
 def _most_by_themselves(visit: LayerVisit, name: str, count: int) -> Indices:

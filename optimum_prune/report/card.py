@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from optimum_prune.machine import strict_yaml
+from optimum_prune.passes.base import Stage
 from optimum_prune.report.published import is_place, last_part
 from optimum_prune.report.report import HEAD, Report
 from optimum_prune.report.tables import escaped, markdown, of_markdown
@@ -15,14 +17,10 @@ PLAIN = re.compile(r"[\w.+@ -]+")
 """Names that can stand in Markdown as they are."""
 
 COLUMNS = ("engine", "run with", "how")
-PASSES = """
-Passes are of optimum-prune, and write what they are named after beside a copy of this model, in `OUT/gguf` for example:
-
-```bash
-pip install "optimum-prune[gguf]"
-optimum-cli compress export gguf --model path/to/this/folder --text any.txt --output OUT
-```
-"""
+READY = ("a file by the pass", "a graph by the pass")
+"""How the rows begin of what a pass writes something for from such a model as it is."""
+STOCK = "padded"
+"""The pass that writes a stock checkpoint for whatever reads no other."""
 
 
 def model_card(report: Report, recipe: str) -> str:
@@ -71,9 +69,40 @@ def _header(model: str) -> str:
 
 
 def _who_serves(report: Report) -> str:
-    """A table of what runs such models; nothing where that is not known."""
+    """What runs such models, with the commands for what passes write, where that is known; of quantized ones, what loads them."""
+    beside = "".join(f"\n- `{name}/`, by the pass `{name}`; `{name}/example.py` runs it" for name in _exported(report))
+    beside = f"\nBeside the weights:\n{beside}\n" if beside else ""
+    if quantized := [outcome for outcome in report.passes if outcome.stage is Stage.QUANTIZE]:
+        by, (*_, last) = ", ".join(f"`{outcome.name}`" for outcome in quantized), quantized
+        versions = last.artefact.versions if last.artefact else {}
+        needed = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "python")
+        return f"\nIts weights are quantized (by {by}), and so it loads with what quantized them: {escaped(needed)}.\n{beside}"
     rows = report.served_by()
-    return f"\nWhat runs it, before anything is quantized:\n\n{of_markdown(COLUMNS, rows)}\n{PASSES}\n" if rows else ""
+    if not rows:
+        return beside
+    return f"\nWhat runs it, before anything is quantized:\n\n{of_markdown(COLUMNS, rows)}\n{_commands(rows, report)}{beside}"
+
+
+def _exported(report: Report) -> list[str]:
+    """The folders of artefacts that lie in that of the model."""
+    return [outcome.name for outcome in report.passes if outcome.stage is Stage.EXPORT and outcome.artefact]
+
+
+def _commands(rows: Sequence[tuple[str, str, str]], report: Report) -> str:
+    """The commands of passes that rows name and that can read this model; but for what is there already."""
+    named = [re.findall("`([a-z-]+)`", how) for _, _, how in rows if how.startswith(READY) and f"`{STOCK}`" not in how]
+    passes = list(dict.fromkeys(found[0] for found in named))
+    passes += [STOCK for _, _, how in rows if f"`{STOCK}`" in how][:1]
+    if not (passes := [name for name in passes if name not in _exported(report)]):
+        return ""
+    extras = ",".join(name for name in passes if name != STOCK)
+    lines = [f'pip install "optimum-prune[{extras}]"' if extras else "pip install optimum-prune"]
+    lines += [
+        f"optimum-cli compress export {name} --model path/to/this/folder --text any.txt --output OUT-{name}"
+        for name in passes
+    ]
+    example, commands = f"OUT-{passes[0]}/{passes[0]}", "\n".join(lines)
+    return f"\nWhat passes write is in a folder of their name then, such as `{example}`:\n\n```bash\n{commands}\n```\n"
 
 
 def _how_it_loads(stock: bool) -> str:

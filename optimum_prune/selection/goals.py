@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from optimum_prune.errors import RecipeError
+from optimum_prune.selection.allowed import LAYERS
 from optimum_prune.selection.measures import Measure, Weights, whole
 from optimum_prune.selection.shapes import Choice, Priced, rest_of
 
@@ -63,9 +64,10 @@ class Goal:
         least = allowed.smallest(shape, self.measure)
         if self.size < least:
             how = "more" if self.option in SIZES else "less speed"
+            layers = " (of layers beside each other, one at least stays)" if allowed.allows(LAYERS) else ""
             remedy = f"Ask for {how}{', or allow more to go' if allowed.names else ''}."
             raise RecipeError(
-                f"{allowed.step} is to {self._told(self.size)}, and by what may go here it can {self._told(least)} at best. {remedy}"
+                f"{allowed.step} is to {self._told(self.size)}, and by what may go here{layers} it can {self._told(least)} at best. {remedy}"
             )
 
     def _told(self, size: float) -> str:
@@ -99,6 +101,16 @@ class Goal:
         if choice not in self.known:
             self.known[choice] = timed(choice)
         return self.known[choice]
+
+    def reached(self, choice: Choice, shape: Shape) -> str:
+        """What a choice comes to, in words; nothing of parameters, which every report has."""
+        if self.option == "params":
+            return ""
+        (value,) = self.told(choice, shape).values()
+        size, what = (value, self.option.replace("_", " "))
+        if self.option in SIZES:
+            return f"{what} {self.before / 1e6:,.4g} MB before, {size / 1e6:,.4g} MB after"
+        return f"{what} {size:.3g} times that before"
 
     def told(self, choice: Choice, shape: Shape) -> dict[str, float]:
         """What a choice comes to beside its parameters, as evidence."""

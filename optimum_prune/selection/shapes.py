@@ -39,10 +39,15 @@ class PriceList:
             if math.isfinite(cost):
                 yield Option(shape, 0.0 if shape is None else self.measure.of(index, shape), cost)
 
-    def frontier(self) -> list[tuple[float, float]]:
-        """Sizes of whole models, from all to the smallest, and what the best choice of each would cost if costs added up."""
+    def frontier(self, least: float = 0.0) -> list[tuple[float, float]]:
+        """Sizes of whole models, from all to the smallest, and what the best choice of each would cost if costs added up.
+
+        Args:
+            least: the smallest size that there may be.
+        """
         rest = self.measure.of_rest(self.rest)
-        return [(size + rest, cost) for size, cost in frontier(self._options())]
+        found = ((size + rest, cost) for size, cost in frontier(self._options()))
+        return list(dict.fromkeys((size, cost) for size, cost in found if size >= least))
 
     def kinds(self) -> list[PriceList]:
         """Of everything that may go, without whole layers, and of units alone."""

@@ -270,7 +270,7 @@ def test_a_checkpoint_whose_layers_differ_is_exported_by_a_command(cli, llama, t
     ("command", "why"),
     [
         (["export", "paded"], "No method is called 'paded'. Did you mean 'padded'?"),
-        (["quantize", "padded"], "No method is called 'padded'."),
+        (["quantize", "padded"], "'padded' is no method of compress quantize. Use compress export."),
     ],
     ids=str,
 )

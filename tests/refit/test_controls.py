@@ -192,7 +192,9 @@ def test_every_report_has_them_alike_whether_weights_stay_on_disk_or_not(step, l
     assert set(found) == {"dense", "chosen", "random", "magnitude"}
     assert all(1 < value < 1e6 for value in found.values())
     assert found == pytest.approx(offloaded, rel=1e-5)
-    assert any("the same cut on 2 windows: perplexity" in note for note in reports[0].passes[0].notes)
+    assert any(
+        "the choice alone, refitted on little, on 2 windows: perplexity" in note for note in reports[0].passes[0].notes
+    )
 
 
 def test_a_mixture_without_some_experts_has_them_too(checkpoints, text_file, tmp_path):
@@ -244,7 +246,9 @@ def test_a_model_given_in_python_has_them(text_file, tmp_path):
 
 def test_choices_beside_one_that_was_trained_are_said_not_to_be():
     found = {"chosen": 10.0, "random": 11.0, "magnitude": 12.0}
-    assert told(found, 3, trained=True).startswith("the same cut, without any training, on 3 windows: ")
+    assert told(found, 3, trained=True).startswith(
+        "the choice alone, without any training, refitted on little, on 3 windows: "
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])

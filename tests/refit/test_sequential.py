@@ -168,7 +168,7 @@ def test_of_a_longer_gap_twice_as_many_units_are_in_the_pool_those_that_add_most
     added = torch.stack([(inputs[:, [unit]] @ weight[:, [unit]].T).norm() for unit in range(3 * own)])
     best = added.topk(2 * own).indices.sort().values
     assert_close(some.visit.layer.part(output).weight, every.visit.layer.part(output).weight[:, best])
-    assert some.of_own == int((best < own).sum())
+    assert some.origins == [(1 + unit // own, unit % own) for unit in best.tolist()]
 
 
 def test_gaps_and_cuts_are_read_off_what_is_wanted():

@@ -31,6 +31,12 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 
 {MARKDOWN}
 {"".join(f"- {note}" + chr(10) for note in NOTES)}
+Its weights are quantized (by `gptq`), and so it loads with what quantized them: torch 2.9.0.
+
+Beside the weights:
+
+- `onnx/`, by the pass `onnx`; `onnx/example.py` runs it
+
 The recipe:
 
 ```yaml

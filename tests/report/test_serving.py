@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import yaml
 from reports import REPORT
 
+from optimum_prune.passes.base import Stage
 from optimum_prune.report.card import model_card
 from optimum_prune.report.report import Report
 from optimum_prune.report.serving import ENGINES, who_serves
@@ -19,6 +21,40 @@ HERE = {"transformers": "transformers", "PEFT": "peft", "ONNX Runtime": "onnxrun
 
 def hows(model_type, *, stock):
     return {name: how for name, _, how in who_serves(model_type, stock=stock)}
+
+
+PRUNED = replace(REPORT, passes=tuple(outcome for outcome in REPORT.passes if outcome.stage is Stage.PRUNE))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stock", "passes"),
+    [
+        ("llama", True, ["gguf", "onnx", "openvino"]),
+        ("llama", False, ["gguf", "onnx", "openvino"]),
+        ("qwen3", False, ["onnx", "openvino", "padded"]),
+        ("gpt2", True, ["onnx", "openvino"]),
+        ("gpt2", False, ["onnx", "openvino", "padded"]),
+    ],
+    ids=str,
+)
+def test_the_card_has_the_commands_that_work_with_such_a_model(model_type, stock, passes):
+    card = model_card(replace(PRUNED, architecture=model_type, stock=stock), "")
+    assert (
+        re.findall(r"^optimum-cli compress export ([a-z]+) --model path/to/this/folder", card, re.MULTILINE) == passes
+    )
+    extras = ",".join(name for name in passes if name != "padded")
+    assert f'pip install "optimum-prune[{extras}]"' in card
+
+
+def test_the_card_of_what_is_quantized_says_what_loads_it_and_what_lies_beside_it():
+    card = model_card(replace(REPORT, architecture="llama"), "")
+    assert "What runs it" not in card
+    assert "compress export" not in card
+    assert "Its weights are quantized (by `gptq`), and so it loads with what quantized them: torch 2.9.0." in card
+    exported = [outcome.name for outcome in REPORT.passes if outcome.stage is Stage.EXPORT]
+    assert exported
+    for name in exported:
+        assert f"- `{name}/`, by the pass `{name}`; `{name}/example.py` runs it" in card
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2"])
@@ -39,7 +75,7 @@ def test_it_depends_on_the_architecture_and_on_whether_layers_are_alike():
 
 @pytest.mark.parametrize("stock", [True, False])
 def test_card_and_report_say_the_same(stock):
-    report = replace(REPORT, architecture="llama", stock=stock)
+    report = replace(PRUNED, architecture="llama", stock=stock)
     card = model_card(report, "")
     told = json.loads(report.to_json())["served_by"]
     assert told == [{"engine": name, "version": version, "how": how} for name, version, how in report.served_by()]

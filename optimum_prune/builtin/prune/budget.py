@@ -165,7 +165,7 @@ class Budget(Limit, PrunePass):
     def estimate(self, shape: Shape, work: Workload) -> Cost:
         given, own = work.windows, self._own_windows(work.windows, offloaded=work.offloaded)
         both, few = work.on(given + own), held_out_work(work, own, tasks=bool(self.tasks))
-        wanted, quick = Wanted(self._evenly(shape)), self._repairs.quicker(PRICING.step)
+        wanted, quick = Wanted(evenly := self._evenly(shape)), self._repairs.quicker(PRICING.step)
         fitted, fitted_less = (work.on(min(most, given) + min(most, own)) for most in (FITTED, FITTED_FINALISTS))
         costs = [self.timing_cost(work, shape)]
         if own:
@@ -176,11 +176,10 @@ class Budget(Limit, PrunePass):
         if self._finalists > 1:
             costs.append(measuring_cost(fitted_less, few, shape, wanted, quick).times(self._finalists))
         if self.rebuild and self._allowed.allows(LAYERS):  # the same of every gap, whichever it is
-            left = next(layer for layer in wanted.layers if layer is not None)
-            costs.append(rebuilding_cost(both, shape.layers[0], left, 1, self._repairs.for_rebuilding()))
+            costs.append(rebuilding_cost(both, shape.layers[0], evenly[0], 1, self._repairs.for_rebuilding()))
         return Cost().followed_by(*costs, bringing_cost(both, shape, wanted, self._repairs))
 
-    def _evenly(self, shape: Shape) -> list[LayerShape | None]:
+    def _evenly(self, shape: Shape) -> list[LayerShape]:
         """Of each layer about as much as of all."""
         inner = Target(self.name, FEED_FORWARD, self.protect, self.multiple_of)
         return list(inner.narrowed(shape, min(1 - self.guess, 0.8)).layers)
@@ -201,7 +200,8 @@ class Budget(Limit, PrunePass):
         prices = PriceList(layers, dense.shape().rest, goal.measure)
         states = self._states(dense, calibration.on(few.windows), calibration.on(held_out.windows), goal)
         best, evidence = self._best(dense, calibration, texts, goal, self._choices(prices, goal, states))
-        front = [[size / goal.before, cost] for size, cost in prices.frontier()]
+        least = self._allowed.smallest(dense.shape(), goal.measure)
+        front = [[size / goal.before, cost] for size, cost in prices.frontier(least)]
         times = {"times": goal.times} if goal.times else {}
         yield Decision(evidence={**evidence, **prices_told(layers, dense.shape()), "frontier": front, **times})
         yield from brought_to(decoder, dense, calibration.on(texts.all), Wanted(best), self._repairs)
@@ -264,25 +264,22 @@ class Budget(Limit, PrunePass):
             }
             for choice, cost in choices
         ]
-        best, evidence = 0, dict[str, Any](considered=considered)
+        best, made = 0, ""
         if len(choices) > 1:
             wanted = [Wanted(choice) for choice, _ in choices]
             held_out = {name: calibration.quiet().on(windows) for name, windows in texts.held_out().items()}
-            found = measured(
-                dense,
-                calibration.on(texts.fitted(FITTED_FINALISTS)),
-                held_out,
-                wanted,
-                self._repairs.quicker(PRICING.step),
-            )
+            fitted = calibration.on(texts.fitted(FITTED_FINALISTS))
+            found = measured(dense, fitted, held_out, wanted, self._repairs.quicker(PRICING.step))
             for each, lost in zip(considered, found, strict=True):
                 each["nats_per_token"] = lost
             means = [sum(lost.values()) / len(lost) for lost in found]
             best = means.index(min(means))
             losses = ", ".join(f"{value:.3f} on {name}" for name, value in found[best].items())
-            evidence[NOTE] = f"the best of {len(choices)} models that were made loses {losses}, in nats a token"
+            made = f"the best of {len(choices)} models that were made loses {losses}, in nats a token"
         considered[best]["best"] = True
-        return choices[best][0], {**evidence, "chosen": considered[best]["sizes"]}
+        note = "; ".join(filter(None, [goal.reached(choices[best][0], shape), made]))
+        evidence = {"considered": considered, "chosen": considered[best]["sizes"]}
+        return choices[best][0], {**evidence, NOTE: note} if note else evidence
 
     def keeps(self, shape: Shape, work: Workload) -> float:
         """Where weights stay on disk, so do those of each finalist."""
