@@ -48,8 +48,6 @@ def one_pass(arguments: argparse.Namespace, plugins: Plugins) -> None:
         name: overridden(Recipe(passes=(build(step, each, f"pass '{step.name}'"),)), arguments)
         for name, each in each_by_itself(step, given(arguments, arguments.flags), arguments.output).items()
     }
-    for recipe in recipes.values():
-        check_environment(*recipe.passes)
     if len(recipes) == 1:
         _compress(next(iter(recipes.values())), arguments)
     else:
