@@ -13,7 +13,7 @@ from optimum_prune.report.tables import escaped, markdown, of_markdown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """The name of a model of the Hub, with that of its owner in front."""
-PLAIN = re.compile(r"[\w.+@ -]+")
+PLAIN = re.compile(r"[\w.+@ /-]+")
 """Names that can stand in Markdown as they are."""
 
 COLUMNS = ("engine", "run with", "how")
@@ -37,7 +37,7 @@ def model_card(report: Report, recipe: str) -> str:
 
 # {escaped(name)}, compressed
 
-Made from {f"`{name}`" if PLAIN.fullmatch(name) else escaped(name)} by optimum-prune. {_how_it_loads(report.stock)}
+Made from {_code(name)} by optimum-prune. {_how_it_loads(report.stock)}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,10 +70,13 @@ def _header(model: str) -> str:
 
 def _who_serves(report: Report) -> str:
     """What runs such models, with the commands for what passes write, where that is known; of quantized ones, what loads them."""
-    beside = "".join(f"\n- `{name}/`, by the pass `{name}`; `{name}/example.py` runs it" for name in _exported(report))
+    exported = ((name, _code(f"{name}/example.py")) for name in _exported(report))
+    beside = "".join(
+        f"\n- {_code(f'{name}/')}, by the pass {_code(name)}; {example} runs it" for name, example in exported
+    )
     beside = f"\nBeside the weights:\n{beside}\n" if beside else ""
     if quantized := [outcome for outcome in report.passes if outcome.stage is Stage.QUANTIZE]:
-        by, (*_, last) = ", ".join(f"`{outcome.name}`" for outcome in quantized), quantized
+        by, (*_, last) = ", ".join(_code(outcome.name) for outcome in quantized), quantized
         versions = last.artefact.versions if last.artefact else {}
         needed = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "python")
         return f"\nIts weights are quantized (by {by}), and so it loads with what quantized them: {escaped(needed)}.\n{beside}"
@@ -81,6 +84,11 @@ def _who_serves(report: Report) -> str:
     if not rows:
         return beside
     return f"\nWhat runs it, before anything is quantized:\n\n{of_markdown(COLUMNS, rows)}\n{_commands(rows, report)}{beside}"
+
+
+def _code(name: str) -> str:
+    """A name in Markdown, as code if it can stand there as it is."""
+    return f"`{name}`" if PLAIN.fullmatch(name) else escaped(name)
 
 
 def _exported(report: Report) -> list[str]:
