@@ -29,7 +29,7 @@ def folder(decoder, tmp_path):
     return tmp_path / "saved"
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("name", ["llama"])
 def test_two_processes_train_it_and_every_parameter_has_the_mean_gradient(folder, tmp_path):
     """Without being told to look for parameters that have none."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
