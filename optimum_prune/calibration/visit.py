@@ -118,17 +118,11 @@ class LayerVisit:
         stack.callback(self._call(path, hear).remove)
 
     def _observe(self, axis: Axis, add: Callable[[Tensor], None]) -> None:
-        """Observes the inputs of an axis's output, and keeps them if its block ends there; what is kept already is not computed again."""
-        ends = axis.output == self.layer.output_of(axis.block)
-        if ends and axis.block in self._inputs:
-            for (batch, _), known in zip(self.stream, self._inputs[axis.block], strict=True):
-                add(batch.unpadded(known))
-                self.activations.release(known)
-            return
+        """Observes the inputs of an axis's output, and keeps them if its block ends there."""
         self._answers.pop(axis.block, None)  # or the block would answer instead of computing them
         self._inputs.pop(axis.block, None)
         inputs = list(self.inputs_of(axis.output, add))
-        if ends:
+        if axis.output == self.layer.output_of(axis.block):
             self._inputs[axis.block] = inputs
 
     def narrow(self, axis: Axis, kept: Sequence[int]) -> None:

@@ -61,10 +61,7 @@ def _check_method(arguments: Sequence[str], plugins: Plugins, left_out: Mapping[
         if method in extras():
             plugins.pass_named(method)  # or the sentence that says what brings it
         if method in plugins.passes:
-            other = next(
-                (" ".join(words) for words, its in METHODS.items() if its is plugins.passes[method].stage), ""
-            )
-            raise PluginError(
-                f"'{method}' is no method of {' '.join(command)}. Use {other or 'a recipe, with compress run'}."
-            )
+            commands = {each: " ".join(words) for words, each in METHODS.items()}
+            other = commands.get(plugins.passes[method].stage, "a recipe, with compress run")
+            raise PluginError(f"'{method}' is no method of {commands[stage]}. Use {other}.")
         raise PluginError(unknown("method", method, methods, "Installed"))

@@ -58,10 +58,13 @@ class Repairs:
     rebuild: bool = True
     """Whether an FFN in front of a gap has the units of those that go to choose from."""
 
+    def for_bridging(self) -> Narrowing:
+        """How an FFN in front of a gap is narrowed: moved all the way."""
+        return replace(self.narrowing, damping=BRIDGING, correction=1.0)
+
     def for_rebuilding(self) -> Narrowing:
-        """How the units of a rebuilt FFN are chosen."""
-        step = max(TOGETHER, self.narrowing.step)
-        return replace(self.narrowing, damping=BRIDGING, correction=1.0, step=step)
+        """The same of one that has the units of others to choose from."""
+        return replace(self.for_bridging(), step=max(TOGETHER, self.narrowing.step))
 
     def quicker(self, step: int) -> Repairs:
         """What tells which of some models is best: no fewer units are removed before the rest are ranked anew, and what is read stays."""
@@ -214,8 +217,7 @@ class _Layer:
         )
         found = pool(self.dense, self.hidden, self.visit, gap, gone) if gap and repairs.rebuild else None
         if found is None:
-            narrowing = replace(repairs.narrowing, damping=BRIDGING, correction=1.0)
-            yield from narrowing.of_block(self.visit, self.calibration, FEED_FORWARD, shapes, goal)
+            yield from repairs.for_bridging().of_block(self.visit, self.calibration, FEED_FORWARD, shapes, goal)
             return
         decide = partial(found.decision, shapes[1].units(found.axis.name), repairs.for_rebuilding(), goal)
         give_back()  # a pool's activations and grams are the largest there are

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from optimum_prune.machine import strict_yaml
 from optimum_prune.passes.base import Stage
 from optimum_prune.report.published import is_place, last_part
 from optimum_prune.report.report import HEAD, Report
+from optimum_prune.report.serving import STOCK, exporters
 from optimum_prune.report.tables import escaped, markdown, of_markdown
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """The name of a model of the Hub, with that of its owner in front."""
-PLAIN = re.compile(r"[\w.+@ /-]+")
+PLAIN = re.compile(r"[\w.+@ -]+")
 """Names that can stand in Markdown as they are."""
 
 COLUMNS = ("engine", "run with", "how")
-READY = ("a file by the pass", "a graph by the pass")
-"""How the rows begin of what a pass writes something for from such a model as it is."""
-STOCK = "padded"
-"""The pass that writes a stock checkpoint for whatever reads no other."""
 
 
 def model_card(report: Report, recipe: str) -> str:
@@ -49,7 +45,7 @@ tokenizer = AutoTokenizer.from_pretrained({arguments})
 {markdown(HEAD, report.rows())}
 
 {notes}
-{_who_serves(report)}
+{_who_serves(report)}{_beside(report)}
 The recipe:
 
 {fence}yaml
@@ -70,25 +66,29 @@ def _header(model: str) -> str:
 
 def _who_serves(report: Report) -> str:
     """What runs such models, with the commands for what passes write, where that is known; of quantized ones, what loads them."""
-    exported = ((name, _code(f"{name}/example.py")) for name in _exported(report))
-    beside = "".join(
-        f"\n- {_code(f'{name}/')}, by the pass {_code(name)}; {example} runs it" for name, example in exported
-    )
-    beside = f"\nBeside the weights:\n{beside}\n" if beside else ""
     if quantized := [outcome for outcome in report.passes if outcome.stage is Stage.QUANTIZE]:
-        by, (*_, last) = ", ".join(_code(outcome.name) for outcome in quantized), quantized
-        versions = last.artefact.versions if last.artefact else {}
-        needed = ", ".join(f"{name} {version}" for name, version in versions.items() if name != "python")
-        return f"\nIts weights are quantized (by {by}), and so it loads with what quantized them: {escaped(needed)}.\n{beside}"
+        by, artefact = ", ".join(_code(outcome.name) for outcome in quantized), quantized[-1].artefact
+        versions = artefact.versions.items() if artefact else ()
+        needed = ", ".join(f"{name} {version}" for name, version in versions if name != "python")
+        return f"\nIts weights are quantized (by {by}), and so it loads with what quantized them: {escaped(needed)}.\n"
     rows = report.served_by()
     if not rows:
-        return beside
-    return f"\nWhat runs it, before anything is quantized:\n\n{of_markdown(COLUMNS, rows)}\n{_commands(rows, report)}{beside}"
+        return ""
+    return f"\nWhat runs it, before anything is quantized:\n\n{of_markdown(COLUMNS, rows)}\n{_commands(report)}"
 
 
-def _code(name: str) -> str:
-    """A name in Markdown, as code if it can stand there as it is."""
-    return f"`{name}`" if PLAIN.fullmatch(name) else escaped(name)
+def _beside(report: Report) -> str:
+    """What lies beside the weights."""
+    lines = "".join(
+        f"\n- {_code(name, '/')}, by the pass {_code(name)}; {_code(name, '/example.py')} runs it"
+        for name in _exported(report)
+    )
+    return f"\nBeside the weights:\n{lines}\n" if lines else ""
+
+
+def _code(name: str, behind: str = "") -> str:
+    """A name in Markdown, and what stands behind it, as code if it can stand there as it is."""
+    return f"`{name}{behind}`" if PLAIN.fullmatch(name) else escaped(name + behind)
 
 
 def _exported(report: Report) -> list[str]:
@@ -96,12 +96,10 @@ def _exported(report: Report) -> list[str]:
     return [outcome.name for outcome in report.passes if outcome.stage is Stage.EXPORT and outcome.artefact]
 
 
-def _commands(rows: Sequence[tuple[str, str, str]], report: Report) -> str:
-    """The commands of passes that rows name and that can read this model; but for what is there already."""
-    named = [re.findall("`([a-z-]+)`", how) for _, _, how in rows if how.startswith(READY) and f"`{STOCK}`" not in how]
-    passes = list(dict.fromkeys(found[0] for found in named))
-    passes += [STOCK for _, _, how in rows if f"`{STOCK}`" in how][:1]
-    if not (passes := [name for name in passes if name not in _exported(report)]):
+def _commands(report: Report) -> str:
+    """The commands of passes that write what engines read; but for what is there already."""
+    able = exporters(report.architecture, stock=report.stock)
+    if not (passes := [name for name in able if name not in _exported(report)]):
         return ""
     extras = ",".join(name for name in passes if name != STOCK)
     lines = [f'pip install "optimum-prune[{extras}]"' if extras else "pip install optimum-prune"]

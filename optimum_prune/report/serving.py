@@ -26,15 +26,23 @@ class Engine:
     """What is said of others whose layers are alike."""
     otherwise_differing: str = "the stock checkpoint that the pass `padded` writes"
     """And of others whose layers differ."""
+    exporter: str | None = None
+    """The pass that writes what it reads, if it reads no checkpoint."""
+
+    def reads(self, model_type: str, *, stock: bool) -> bool:
+        """Whether it was run with such models."""
+        known = self.of_stock if stock else self.of_differing
+        return known is None or model_type in known
 
     def how(self, model_type: str, *, stock: bool) -> str:
         """How it reads a model."""
-        known = self.of_stock if stock else self.of_differing
-        if known is None or model_type in known:
+        if self.reads(model_type, stock=stock):
             return self.stock if stock else self.differing
         return self.otherwise if stock else self.otherwise_differing
 
 
+STOCK = "padded"
+"""The pass that writes a stock checkpoint for whatever reads no other."""
 VLLM = frozenset({"llama", "qwen3", "gemma3_text"})
 ENGINES = (
     Engine("transformers", "5.23", "as it is", "with `trust_remote_code=True`, or after `import optimum_prune`"),
@@ -52,8 +60,9 @@ ENGINES = (
         *(LLAMA_LIKE | {"qwen3", "gemma2", "gemma3_text"}, LLAMA_LIKE),
         otherwise="the pass `gguf` has no form of this architecture",
         otherwise_differing="a file by the pass `gguf`, of the stock checkpoint that the pass `padded` writes, if it has a form of this architecture",
+        exporter="gguf",
     ),
-    Engine("ONNX Runtime", "1.31", "a graph by the pass `onnx`", "a graph by the pass `onnx`"),
+    Engine("ONNX Runtime", "1.31", "a graph by the pass `onnx`", "a graph by the pass `onnx`", exporter="onnx"),
     Engine(
         *("onnxruntime-genai", "0.18", "the folder that the pass `onnx` writes"),
         "the folder that the pass `onnx` writes, if all layers have as many key-value heads",
@@ -63,6 +72,7 @@ ENGINES = (
         "2026.4",
         "a graph by the pass `openvino`, with OpenVINO GenAI too",
         "a graph by the pass `openvino`, with OpenVINO GenAI too",
+        exporter="openvino",
     ),
     Engine("lm-eval", "0.4.13", "as it is", "with `--model_args pretrained=FOLDER,trust_remote_code=True`"),
     Engine("trl", "1.16", "as it is", "with `trust_remote_code=True`, or after `import optimum_prune`"),
@@ -79,3 +89,15 @@ def who_serves(model_type: str, *, stock: bool) -> Iterator[tuple[str, str, str]
     """
     for engine in ENGINES:
         yield engine.name, engine.version, engine.how(model_type, stock=stock)
+
+
+def exporters(model_type: str, *, stock: bool) -> list[str]:
+    """The passes that write, of such a model as it is, what an engine reads; with the one for stock checkpoints if an engine reads no other.
+
+    Args:
+        model_type: of the stock architecture.
+        stock: whether all layers are alike.
+    """
+    found = [each.exporter for each in ENGINES if each.exporter and each.reads(model_type, stock=stock)]
+    some_do_not = not all(each.reads(model_type, stock=stock) for each in ENGINES)
+    return [*found, *([STOCK] if some_do_not and not stock else [])]

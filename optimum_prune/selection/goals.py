@@ -107,10 +107,10 @@ class Goal:
         if self.option == "params":
             return ""
         (value,) = self.told(choice, shape).values()
-        size, what = (value, self.option.replace("_", " "))
+        what = self.option.replace("_", " ")
         if self.option in SIZES:
-            return f"{what} {self.before / 1e6:,.4g} MB before, {size / 1e6:,.4g} MB after"
-        return f"{what} {size:.3g} times that before"
+            return f"{what} {self.before / 1e6:,.4g} MB before, {value / 1e6:,.4g} MB after"
+        return f"{what} {value:.3g} times that before"
 
     def told(self, choice: Choice, shape: Shape) -> dict[str, float]:
         """What a choice comes to beside its parameters, as evidence."""

@@ -47,7 +47,7 @@ class PriceList:
         """
         rest = self.measure.of_rest(self.rest)
         found = ((size + rest, cost) for size, cost in frontier(self._options()))
-        return list(dict.fromkeys((size, cost) for size, cost in found if size >= least))
+        return list(dict.fromkeys(each for each in found if each[0] >= least))
 
     def kinds(self) -> list[PriceList]:
         """Of everything that may go, without whole layers, and of units alone."""

@@ -1,4 +1,4 @@
-"""Lets lm-eval evaluate models on tasks of ours: python evaluated_by_lm_eval.py TASKS RESULT FOLDER ..., in an environment that has it."""
+"""Lets lm-eval evaluate models on tasks of ours: python evaluated_by_lm_eval.py RESULT TASKS FOLDER ..., in an environment that has it."""
 
 import json
 import sys
@@ -8,7 +8,7 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 
-def main(tasks: str, result: str, *folders: str) -> None:
+def main(result: str, tasks: str, *folders: str) -> None:
     """What each model says of each choice, as log-likelihoods, and its accuracy."""
     manager, told = TaskManager(include_path=tasks), []
     for folder in folders:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import tiny
 import torch
@@ -48,3 +52,17 @@ def save(name: str, kind: str, folder: Path) -> PreTrainedModel:
     conformance.cut(decoder, CUTS[kind])
     saving.save(decoder.model, tiny.tokenizer(), folder, Progress())
     return decoder.model
+
+
+def told_by(python: str | None, script: str, folder: Path, *arguments: Path, **environment: str) -> Any:
+    """What a script beside this file, run in another environment, writes to its first argument.
+
+    Args:
+        folder: for that file, and for the code that comes with models.
+        arguments: of the script, behind it.
+    """
+    result = folder / "result.json"
+    there = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), **environment}
+    command = [str(python), Path(__file__).parent / script, result, *arguments]
+    subprocess.run(command, check=True, timeout=600, capture_output=True, env=there)
+    return json.loads(result.read_text())

@@ -1,4 +1,4 @@
-"""Lets vLLM write behind some prompts: python served_by_vllm.py FOLDER PROMPTS RESULT, in an environment that has it."""
+"""Lets vLLM write behind some prompts: python served_by_vllm.py RESULT FOLDER PROMPTS, in an environment that has it."""
 
 import json
 import os
@@ -12,7 +12,7 @@ os.environ |= {
 }
 
 
-def main(folder: str, prompts: str, result: str) -> None:
+def main(result: str, folder: str, prompts: str) -> None:
     """Greedy tokens behind each prompt, and their log-probabilities."""
     from vllm import LLM, SamplingParams
 

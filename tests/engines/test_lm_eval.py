@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from forms import CUTS, save
+from forms import CUTS, save, told_by
 
 PYTHON = os.environ.get("OPTIMUM_PRUNE_PYTHON_TOOLS")
 pytestmark = [
@@ -41,16 +39,10 @@ def test_it_measures_what_transformers_computes(tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "own.yaml").write_text(TASK.format(questions=questions))
     models = {kind: save("llama", kind, tmp_path / kind) for kind in CUTS}
-    script = Path(__file__).parent / "evaluated_by_lm_eval.py"
-    subprocess.run(
-        [str(PYTHON), script, tmp_path / "tasks", tmp_path / "result.json", *(tmp_path / kind for kind in CUTS)],
-        check=True,
-        timeout=600,
-        capture_output=True,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_DATASETS_CACHE": str(tmp_path / "sets")},
-    )
+    given, sets = [tmp_path / "tasks", *(tmp_path / kind for kind in CUTS)], str(tmp_path / "sets")
+    found = told_by(PYTHON, "evaluated_by_lm_eval.py", tmp_path, *given, HF_DATASETS_CACHE=sets)
     tokenizer = tiny.tokenizer()
-    for model, told in zip(models.values(), json.loads((tmp_path / "result.json").read_text()), strict=True):
+    for model, told in zip(models.values(), found, strict=True):
         expected = torch.tensor(
             [[_likely(model, tokenizer, row["query"], each) for each in row["choices"]] for row in rows]
         )

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import tiny
-from forms import CUTS, save
+from forms import CUTS, save, told_by
 
 from optimum_prune import Decoder, Progress
 from optimum_prune.checkpoint import saving
@@ -34,17 +32,8 @@ def test_the_first_loss_is_that_of_the_stock_model_which_computes_the_same_and_t
             whole = padded(Decoder.of(model, load().families)).model
             saving.save(whole, tiny.tokenizer(), tmp_path / f"{kind}-stock", Progress())
             folders.append(tmp_path / f"{kind}-stock")
-    script = Path(__file__).parent / "trained_by_trl.py"
-    subprocess.run(
-        [str(PYTHON), script, tmp_path / "texts.json", tmp_path / "result.json", *folders],
-        check=True,
-        timeout=600,
-        capture_output=True,
-        env={**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-    )
-    told = dict(
-        zip([folder.name for folder in folders], json.loads((tmp_path / "result.json").read_text()), strict=True)
-    )
+    found = told_by(PYTHON, "trained_by_trl.py", tmp_path, tmp_path / "texts.json", *folders)
+    told = dict(zip([folder.name for folder in folders], found, strict=True))
     for name, losses in told.items():
         assert losses[-1] < losses[0] - 0.1
         assert losses[0] == pytest.approx(told.get(f"{name}-stock", losses)[0], rel=1e-4)

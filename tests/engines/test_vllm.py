@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from forms import CUTS, MODELS, save
+from forms import CUTS, MODELS, save, told_by
 
 PYTHON = os.environ.get("OPTIMUM_PRUNE_PYTHON_VLLM")
 pytestmark = [
@@ -27,15 +25,8 @@ def test_it_writes_what_transformers_writes(name, kind, tmp_path):
     model = save(name, kind, tmp_path / "model")
     prompts = tiny.windows(6, 8).tokens
     (tmp_path / "prompts.json").write_text(json.dumps(prompts.tolist()))
-    script = Path(__file__).parent / "served_by_vllm.py"
-    subprocess.run(
-        [str(PYTHON), script, tmp_path / "model", tmp_path / "prompts.json", tmp_path / "result.json"],
-        check=True,
-        timeout=600,
-        capture_output=True,
-        env={**os.environ, **DIRTY, "HF_MODULES_CACHE": str(tmp_path / "modules")},
-    )
-    for prompt, (tokens, told) in zip(prompts, json.loads((tmp_path / "result.json").read_text()), strict=True):
+    found = told_by(PYTHON, "served_by_vllm.py", tmp_path, tmp_path / "model", tmp_path / "prompts.json", **DIRTY)
+    for prompt, (tokens, told) in zip(prompts, found, strict=True):
         whole = torch.cat([prompt, torch.tensor(tokens)])
         scores = model(input_ids=whole[None]).logits[0].log_softmax(-1)[len(prompt) - 1 : -1]
         assert scores.argmax(-1).tolist() == tokens

@@ -1,4 +1,4 @@
-"""Lets trl train models: python trained_by_trl.py TEXTS RESULT FOLDER ..., in an environment that has it."""
+"""Lets trl train models: python trained_by_trl.py RESULT TEXTS FOLDER ..., in an environment that has it."""
 
 import json
 import sys
@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 
-def main(texts: str, result: str, *folders: str) -> None:
+def main(result: str, texts: str, *folders: str) -> None:
     """The losses of each model, step by step."""
     rows, told = Dataset.from_dict({"text": json.loads(Path(texts).read_text())}), []
     for folder in folders:
